@@ -1,0 +1,37 @@
+# Everything runs in .venv, which `make install` builds from pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install lint test demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make install   create .venv and install tinyclip with its development tools"
+	@echo "make lint      ruff and pyright"
+	@echo "make test      lint, then pytest"
+	@echo "make demo      shrink a small CLIP on generated pictures"
+	@echo "make clean     remove .venv and caches"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@echo "installing tinyclip and its development tools into .venv (several GB with torch; some minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest -q
+
+demo: install
+	$(BIN)/tinyclip demo
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
