@@ -1,0 +1,1 @@
+"""How weights enter and leave: one file per outside world."""

@@ -1,0 +1,323 @@
+"""open_clip's models (and OpenAI's, which have the same names): configs, weights, pretrained downloads.
+
+The only file that imports open_clip, and only where a pretrained model is asked for.
+
+Shape legend: D width, E embedding, P patch side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from tinyclip.formats import weights
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
+from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
+
+BLOCK_TABLE = {
+    "attention.norm.weight": "ln_1.weight",
+    "attention.norm.bias": "ln_1.bias",
+    "attention.qkv.weight": "attn.in_proj_weight",
+    "attention.qkv.bias": "attn.in_proj_bias",
+    "attention.out.weight": "attn.out_proj.weight",
+    "attention.out.bias": "attn.out_proj.bias",
+    "ffn.norm.weight": "ln_2.weight",
+    "ffn.norm.bias": "ln_2.bias",
+    "ffn.up.weight": "mlp.c_fc.weight",
+    "ffn.up.bias": "mlp.c_fc.bias",
+    "ffn.down.weight": "mlp.c_proj.weight",
+    "ffn.down.bias": "mlp.c_proj.bias",
+}
+TABLE = {  # our name: theirs; * is a block's number
+    "logit_scale": "logit_scale",
+    "image.class_embedding": "visual.class_embedding",
+    "image.position": "visual.positional_embedding",
+    "image.patch.weight": "visual.conv1.weight",  # [D, 3 P P] here, [D, 3, P, P] there
+    "image.norm_pre.weight": "visual.ln_pre.weight",
+    "image.norm_pre.bias": "visual.ln_pre.bias",
+    "image.norm_post.weight": "visual.ln_post.weight",
+    "image.norm_post.bias": "visual.ln_post.bias",
+    "image.projection.weight": "visual.proj",  # [E, D] here, [D, E] there
+    "text.token_embedding.weight": "token_embedding.weight",
+    "text.position": "positional_embedding",
+    "text.norm_final.weight": "ln_final.weight",
+    "text.norm_final.bias": "ln_final.bias",
+    "text.projection.weight": "text_projection",  # [E, D] here, [D, E] there
+    **{f"image.blocks.*.{ours}": f"visual.transformer.resblocks.*.{theirs}" for ours, theirs in BLOCK_TABLE.items()},
+    **{f"text.blocks.*.{ours}": f"transformer.resblocks.*.{theirs}" for ours, theirs in BLOCK_TABLE.items()},
+}
+NOT_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}  # buffers of OpenAI's archives
+
+# Fields of open_clip's configs that only act in training, or together with a field that is refused.
+WITHOUT_EFFECT = {
+    *("custom_text", "init_logit_scale", "nonscalar_logit_scale", "patch_dropout"),
+    *("attn_pooler_queries", "attn_pooler_heads", "pad_id", "eos_id"),
+    *("timm_pool", "timm_proj", "timm_drop", "timm_drop_path", "timm_model_pretrained"),
+    *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+}
+ORDINARY = {"pos_embed_type": "learnable", "proj_type": "linear", "block_type": "default"}  # else: None, False, 0, {}
+
+
+class TeachOnly(ValueError):
+    """A model of open_clip that our towers cannot express: it can teach, its weights cannot be inherited."""
+
+
+def _side(value: Any) -> Any:
+    """[224, 224] -> 224."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1] else value
+
+
+class _Section(BaseModel):
+    """The fields we read, at open_clip's defaults; `model_extra` holds the others."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Vision(_Section):
+    width: int = Field(768, gt=0, le=65536)
+    layers: int = Field(12, gt=0, le=1024)
+    head_width: int = Field(64, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, le=1024)
+    patch_size: Annotated[int, BeforeValidator(_side)] = 16
+    image_size: Annotated[int, BeforeValidator(_side)] = 224
+    norm_kwargs: dict[str, float] | None = None
+    pool_type: Literal["tok"] = "tok"
+
+
+class _Text(_Section):
+    width: int = Field(512, gt=0, le=65536)
+    layers: int = Field(12, gt=0, le=1024)
+    heads: int = Field(8, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, le=1024)
+    context_length: int = 77
+    vocab_size: int = 49408
+    norm_kwargs: dict[str, float] | None = None
+    pool_type: Literal["argmax"] = "argmax"
+
+
+class _Model(_Section):
+    embed_dim: int
+    quick_gelu: bool = False
+    vision_cfg: _Vision
+    text_cfg: _Text
+
+
+def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
+    """Raises TeachOnly, naming the field, where our towers lack something or a value is not one."""
+    try:
+        model = _Model.model_validate(model_cfg)
+        vision, text = model.vision_cfg, model.text_cfg
+        _refuse_others(model, "")
+        _refuse_others(vision, "vision_cfg.")
+        _refuse_others(text, "text_cfg.")
+        if vision.norm_kwargs != text.norm_kwargs:
+            raise TeachOnly(f"open_clip's norm_kwargs: expected one for both towers, got {vision.norm_kwargs}")
+        return CLIPConfig(
+            embed_dim=model.embed_dim,
+            activation="quick_gelu" if model.quick_gelu else "gelu",
+            **({"norm_eps": vision.norm_kwargs["eps"]} if vision.norm_kwargs else {}),
+            image=ImageConfig(
+                **_tower("vision_cfg", vision, vision.width // vision.head_width),
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+            ),
+            text=TextConfig(
+                **_tower("text_cfg", text, text.heads), context_length=text.context_length, vocab_size=text.vocab_size
+            ),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise TeachOnly(f"open_clip's {field}: {first['msg']}, got {first['input']!r:.80}") from None
+
+
+def _tower(name: str, section: _Vision | _Text, heads: int) -> dict[str, Any]:
+    if heads < 1 or section.width % heads:
+        raise TeachOnly(f"open_clip's {name}.width: expected a multiple of {heads} heads, got {section.width}")
+    block = BlockConfig(heads=heads, ffn=int(section.width * section.mlp_ratio))
+    return {"width": section.width, "head_dim": section.width // heads, "blocks": (block,) * section.layers}
+
+
+def _refuse_others(section: _Section, prefix: str) -> None:
+    for name, value in (section.model_extra or {}).items():
+        if value and name not in WITHOUT_EFFECT and ORDINARY.get(name) != value:
+            raise TeachOnly(f"open_clip's {prefix}{name}={value!r:.80} has no counterpart in our towers")
+    kwargs = getattr(section, "norm_kwargs", None)
+    if kwargs and kwargs.keys() != {"eps"}:
+        raise TeachOnly(f"open_clip's {prefix}norm_kwargs: expected eps alone, got {kwargs}")
+
+
+def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
+    """open_clip's model config. Raises ValueError for a student that open_clip cannot describe."""
+    image, text = config.image, config.text
+    norm = {} if config.norm_eps == 1e-5 else {"norm_kwargs": {"eps": config.norm_eps}}
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": image.image_size,
+            "patch_size": image.patch_size,
+            "head_width": image.head_dim,
+            **_uniform("image", image),
+            **norm,
+        },
+        "text_cfg": {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "heads": text.blocks[0].heads,
+            **_uniform("text", text),
+            **norm,
+        },
+    }
+
+
+def _uniform(name: str, tower: TowerConfig) -> dict[str, Any]:
+    block = tower.blocks[0]
+    if any(other != block for other in tower.blocks) or block.heads * tower.head_dim != tower.width or not block.ffn:
+        raise ValueError(
+            f"open_clip's blocks are all alike, with heads x head size = width; those of the {name} tower are not"
+        )
+    ratio = block.ffn / tower.width  # open_clip cuts width x ratio down to a whole number
+    if int(tower.width * ratio) != block.ffn:
+        ratio = (block.ffn + 0.5) / tower.width
+    return {"width": tower.width, "layers": len(tower.blocks), "mlp_ratio": ratio}
+
+
+def to_open_clip(model: CLIP) -> dict[str, Tensor]:
+    """The weights in open_clip's names and layouts. Raises ValueError for a block without heads or neurons."""
+
+    def theirs(name: str, tensor: Tensor) -> Tensor:
+        if name == "image.patch.weight":
+            side = model.config.image.patch_size
+            return tensor.unflatten(1, (3, side, side))
+        return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
+
+    return {_their_name(name): theirs(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def from_open_clip(
+    state_dict: Mapping[str, Tensor],
+    config: CLIPConfig,
+    *,
+    where: str = "state_dict",
+    device: str | torch.device = "cpu",
+) -> CLIP:
+    """A CLIP from weights in OpenAI's and open_clip's names. Raises ValueError, with `where`, unless every key fits."""
+    model = weights.on_meta(config)
+    state = _plain(state_dict)
+    weights.check(state, to_open_clip(model), where)
+
+    def ours(name: str) -> Tensor:
+        tensor = state[_their_name(name)]
+        if name == "image.patch.weight":
+            return tensor.flatten(1)
+        return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
+
+    return weights.fill(model, {name: ours(name) for name in model.state_dict()}, device)
+
+
+def has_their_names(state_dict: Mapping[str, Tensor]) -> bool:
+    return any(name.removeprefix("module.").startswith("visual.") for name in state_dict)
+
+
+def _their_name(ours: str) -> str:
+    number = re.search(r"\.blocks\.(\d+)\.", ours)
+    pattern = ours.replace(number[0], ".blocks.*.") if number else ours
+    if pattern not in TABLE:
+        raise ValueError(f"{ours}: open_clip has no block without heads or FFN neurons")
+    return TABLE[pattern].replace("*", number[1] if number else "")
+
+
+def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo what wrappers add: DistributedDataParallel's "module.", CustomTextCLIP's "text.", a scale in a vector."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    if "text.token_embedding.weight" in state:
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(())
+    return {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
+
+
+class Pretrained(NamedTuple):
+    """A model as open_clip loads it, and how it reads pictures and captions."""
+
+    model: Any  # an nn.Module in evaluation mode
+    model_cfg: dict[str, Any]
+    preprocess: Preprocess
+    tokenizer: Callable[[Sequence[str]], Tensor]
+
+
+def load_pretrained(name: str) -> Pretrained:
+    """`ARCHITECTURE/TAG` or `ARCHITECTURE/FILE` of open_clip, `hf-hub:ORGANISATION/MODEL`, or `local-dir:DIRECTORY`.
+
+    Raises ValueError, one line, where open_clip cannot load it or its weights are known to need the other activation.
+    """
+    import open_clip
+
+    if name.startswith((open_clip.factory.HF_HUB_PREFIX, open_clip.factory.LOCAL_DIR_PREFIX)):
+        architecture, weights_from = name, None
+    else:
+        architecture, _, weights_from = name.partition("/")
+        _check_choice(architecture, weights_from)
+    logging.disable(logging.ERROR)  # open_clip talks on the root logger; what matters it also raises
+    try:
+        model: Any = open_clip.create_model(architecture, weights_from, require_pretrained=True).eval()
+        model_cfg: Any = open_clip.get_model_config(architecture)
+        tokenizer: Any = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # whatever the hub, the file or the architecture's own library raises
+        raise ValueError(f"open_clip could not load {name}: {weights.first_line(error)}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    weights.check_finite({key: value for key, value in model.state_dict().items() if value.is_floating_point()}, name)
+    is_clip_bpe = isinstance(tokenizer, open_clip.SimpleTokenizer) and not model_cfg["text_cfg"].get("tokenizer_kwargs")
+    reader: Any = Tokenizer.openai(model.context_length) if is_clip_bpe else tokenizer
+    return Pretrained(model, model_cfg, _preprocess(model.visual.preprocess_cfg, name), reader)
+
+
+def _check_choice(architecture: str, weights_from: str) -> None:
+    """Refuse, before anything is downloaded, what open_clip does not have and an activation that does not fit."""
+    import open_clip
+
+    known = open_clip.list_models()
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4)
+        raise ValueError(f"open_clip has no architecture {architecture!r}; close: {', '.join(close) or 'none'}")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights_from not in tags and not Path(weights_from).is_file():
+        raise ValueError(
+            f"{architecture}: expected weights as {architecture}/TAG or {architecture}/FILE, got {weights_from!r}; "
+            f"tags: {', '.join(tags) or 'none'}"
+        )
+    tag, model_cfg = open_clip.get_pretrained_cfg(architecture, weights_from), open_clip.get_model_config(architecture)
+    trained, computed = ((cfg or {}).get("quick_gelu", False) for cfg in (tag, model_cfg))
+    if tag and trained != computed:
+        names = {True: "x*sigmoid(1.702x)", False: "GELU"}
+        twin = architecture.removesuffix("-quickgelu") + ("-quickgelu" if trained else "")
+        advice = f"; use {twin}/{weights_from}" if twin in known and twin != architecture else ""
+        raise ValueError(
+            f"{weights_from} was trained with {names[trained]}, but {architecture} computes {names[computed]}{advice}"
+        )
+
+
+def _preprocess(cfg: Mapping[str, Any], name: str) -> Preprocess:
+    """Raises ValueError for pictures that are not square or have borders."""
+    if not isinstance(_side(cfg["size"]), int) or cfg["resize_mode"] == "longest":
+        raise ValueError(
+            f"{name}: expected square pictures without borders, got size {cfg['size']}, resize {cfg['resize_mode']!r}"
+        )
+    return Preprocess(
+        size=_side(cfg["size"]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation="bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",  # "random" is for training
+        resize=cfg["resize_mode"],
+    )

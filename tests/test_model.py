@@ -1,0 +1,205 @@
+"""The towers compute what the reference, open_clip and the formulas say, in float64 and float32."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from tinyclip.formats.open_clip import config_from_open_clip, config_to_open_clip, from_open_clip, to_open_clip
+from tinyclip.model import CLIP, CLIPConfig, initialise
+from tinyclip.preprocess import Preprocess
+
+GOLDEN_VIT = {
+    "embed_dim": 20,
+    "vision_cfg": {"layers": 3, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"layers": 2, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 61},
+}
+GOLDEN_MANUAL = {
+    "embed_dim": 24,
+    "vision_cfg": {"layers": 2, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"layers": 2, "width": 32, "heads": 2, "context_length": 16, "vocab_size": 97},
+}
+PRECISIONS = [("float64", 1e-10), ("float32", 1e-5)]  # relative to the largest value
+
+
+def small(**changes) -> CLIPConfig:
+    shape = dict(
+        embed_dim=12, image_size=16, patch_size=4, image_width=16, image_layers=2, text_width=24, text_layers=3
+    )
+    return CLIPConfig.uniform(**shape | dict(context_length=9, vocab_size=50, head_dim=8) | changes)
+
+
+def random_model(config: CLIPConfig, seed: int = 0) -> CLIP:
+    """Every parameter away from its initial value, biases and norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    model = initialise(CLIP(config), generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def check_features(model: CLIP, golden, inputs: str, features: str, tolerance: float) -> None:
+    dtype = model.logit_scale.dtype
+    pixels, tokens = golden[f"{inputs}pixels"].to(dtype), golden[f"{inputs}tokens"]
+    with torch.no_grad():
+        ours = {"image": model.encode_image(pixels), "text": model.encode_text(tokens)}
+        unit = dict(zip(("image", "text"), model(pixels, tokens), strict=True))
+    for tower in ("image", "text"):
+        for got, name in ((ours[tower], f"{tower}_features"), (unit[tower], f"{tower}_features_normalized")):
+            expected = golden[f"{features}{name}"]
+            assert (got - expected).abs().max() / expected.abs().max() < tolerance, name
+    assert abs(model.scale.item() / golden[f"{features}logit_scale_exp"].item() - 1) < max(tolerance, 1e-6)
+
+
+@pytest.mark.parametrize("precision, tolerance", PRECISIONS)
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_golden_forward(shared, activation, precision, tolerance):
+    golden = load_file(shared / "golden" / "forward.safetensors")
+    state = {key.removeprefix("vit/state/"): value for key, value in golden.items() if key.startswith("vit/state/")}
+    config = config_from_open_clip({**GOLDEN_VIT, "quick_gelu": activation == "quick_gelu"})
+    model = from_open_clip(state, config).to(getattr(torch, precision))
+    check_features(model, golden, "vit/", f"vit/{activation}/{precision}/", tolerance)
+
+
+@pytest.mark.parametrize("precision, tolerance", PRECISIONS)
+def test_golden_manual_checkpoint(shared, precision, tolerance):
+    wrapper = re.compile(r"^(_image_encoder|_text_encoder|_logit_scale)\.module\.")
+    weights = load_file(shared / "golden" / "manual_checkpoint.safetensors")
+    state = {wrapper.sub("", key): value for key, value in weights.items()}
+    model = from_open_clip(state, config_from_open_clip(GOLDEN_MANUAL)).to(getattr(torch, precision))
+    expected = load_file(shared / "golden" / "manual_checkpoint_expected.safetensors")
+    check_features(model, expected, "", f"expected/{precision}/", tolerance)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "quick_gelu"},
+        {"image_size": 48, "patch_size": 16},
+        {"image_size": 23, "patch_size": 5},  # 3 pixels at the right and the bottom are read by nobody
+        {"head_dim": 4, "image_layers": 1, "vocab_size": 514, "context_length": 33},
+    ],
+)
+def test_towers_equal_open_clip(changes):
+    import open_clip
+
+    config = small(**changes)
+    ours = random_model(config)
+    theirs = open_clip.CLIP(**config_to_open_clip(config)).eval()
+    theirs.load_state_dict(to_open_clip(ours))
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(3, 3, config.image.image_size, config.image.image_size, generator=generator)
+    tokens = torch.randint(1, config.text.vocab_size - 1, (3, config.text.context_length), generator=generator)
+    tokens[0, 1], tokens[1, 4:], tokens[2, -1] = (config.text.vocab_size - 1,) * 3
+    with torch.no_grad():
+        for got, expected in zip(ours(pixels, tokens), theirs(pixels, tokens)[:2], strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        image, text = theirs.encode_image(pixels), theirs.encode_text(tokens)
+        torch.testing.assert_close(ours.encode_image(pixels), image, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.encode_text(tokens), text, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_after_the_end_token_changes_nothing():
+    model, tokens = random_model(small()), torch.tensor([[48, 3, 7, 49, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(tokens[:, :4]))
+
+
+def test_uint8_pixels_are_normalised_by_the_models_own_preprocessing():
+    model = random_model(small())
+    model.preprocess = Preprocess(size=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = model.encode_image(model.preprocess.normalise(pixels))
+    assert torch.equal(model.encode_image(pixels), expected)
+    assert torch.equal(model(pixels, torch.tensor([[48, 49]] * 2))[0], torch.nn.functional.normalize(expected, dim=-1))
+    doubled = model.double().encode_image(pixels)
+    torch.testing.assert_close(doubled, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_recomputing_changes_no_gradient(activation):
+    model = random_model(small(activation=activation))
+    pixels, tokens = torch.randn(2, 3, 16, 16), torch.tensor([[48, 3, 49], [48, 49, 0]])
+
+    def gradients() -> list[torch.Tensor]:
+        image, text = model(pixels, tokens)
+        return list(torch.autograd.grad((image * text).sum(), [*model.image.parameters(), *model.text.parameters()]))
+
+    expected = gradients()
+    model.set_recompute(True)
+    for got, want in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_initialisation_gives_every_parameter_its_published_size():
+    config = small(image_width=64, text_width=64, image_layers=4, text_layers=4, embed_dim=64, vocab_size=400)
+    model = CLIP(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1)
+    initialise(model, torch.Generator().manual_seed(0))
+    block = model.text.blocks[0]
+    for parameter, std in (
+        (block.attention.qkv.weight, 64**-0.5),
+        (block.attention.out.weight, 64**-0.5 * 8**-0.5),
+        (block.ffn.up.weight, 128**-0.5),
+        (block.ffn.down.weight, 64**-0.5 * 8**-0.5),
+        (model.text.token_embedding.weight, 0.02),
+        (model.text.position, 0.01),
+        (model.image.position, 64**-0.5),
+        (model.image.patch.weight, 48**-0.5),
+        (model.text.projection.weight, 64**-0.5),
+        (model.image.projection.weight, 64**-0.5),
+    ):
+        assert parameter.std().item() == pytest.approx(std, rel=0.1)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.scale.item() == pytest.approx(1 / 0.07)
+    again = initialise(CLIP(config), torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_parameters_are_counted_exactly():
+    config = small()
+    blocks = sum(parameter.numel() for name, parameter in CLIP(config).named_parameters() if ".blocks." in name)
+    norms = sum(4 * tower.width * len(tower.blocks) for tower in (config.image, config.text))
+    assert config.prunable_params == blocks - norms
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"images": torch.zeros(1, 3, 8, 8)}, r"expected pixels \[B, 3, 16, 16\], got shape \(1, 3, 8, 8\)"),
+        ({"images": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "without preprocessing"),
+        ({"texts": ["a cat"]}, "without a tokenizer"),
+        ({"texts": torch.zeros(1, 10, dtype=torch.int64)}, r"token ids \[B, L <= 9\], got shape \(1, 10\)"),
+        ({"texts": torch.tensor([[48, 50]])}, r"token ids in \[0, 50\), got 48 to 50"),
+    ],
+)
+def test_wrong_inputs_are_refused(arguments, message):
+    model = random_model(small())
+    with pytest.raises(ValueError, match=message):
+        model.encode_image(**arguments) if "images" in arguments else model.encode_text(**arguments)
+
+
+def test_bad_configs_are_refused():
+    with pytest.raises(ValueError, match="image width 20 is not a multiple of the head size 8"):
+        small(image_width=20)
+    with pytest.raises(ValidationError, match="patch_size 32 is larger than image_size 16"):
+        small(patch_size=32)
+    with pytest.raises(ValidationError, match="heads_of_state"):
+        CLIPConfig.model_validate({**small().model_dump(), "heads_of_state": 1})
+
+
+def test_the_model_is_loaded_without_heavy_packages():
+    heavy = ("open_clip", "torchvision", "transformers", "timm")
+    code = f"import sys, tinyclip.model, tinyclip.formats.checkpoint; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
