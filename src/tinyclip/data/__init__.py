@@ -1,0 +1,1 @@
+"""Image-caption data: specs, sources, the built-in scenes, and the loader."""

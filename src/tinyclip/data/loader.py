@@ -1,0 +1,224 @@
+"""Sources -> batches. What training batch number `step` holds is a pure function of (seed, step).
+
+So a resumed run sees the batches that it would have seen, and the number of workers changes nothing. An item that
+cannot be read is left out of its batch and listed; too many of them are an error.
+
+Shape legend: B pairs, L tokens, S the side of the square picture that a model reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from random import Random
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tinyclip.data.sources import BadItem, Source
+from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
+
+ASPECTS = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision's RandomResizedCrop
+Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
+Skipped = list[tuple[str, str]]  # (key, reason) of items that cannot be read
+T = TypeVar("T")
+
+
+class Reader(NamedTuple):
+    """How one model sees a pair."""
+
+    preprocess: Preprocess
+    tokenizer: Callable[[Sequence[str]], Tensor]  # texts -> int64 [B, L]
+
+
+@dataclass
+class Inputs:
+    pixels: Tensor  # uint8 [B, 3, S, S]
+    tokens: Tensor  # int64 [B, L]; a tinyclip Tokenizer's are cut after the longest caption's end token
+
+
+@dataclass
+class Batch:
+    keys: list[str]
+    inputs: tuple[Inputs, ...]  # one per reader; readers that agree hold the same tensor
+    skipped: Skipped
+
+
+class PairLoader:
+    """Endless training batches: every epoch is a permutation of the source, without its last incomplete batch.
+
+    A visit to an item draws one of its captions and one crop, the same for all readers: a share `crop_scale` of the
+    picture's area, 3/4 to 4/3 wide. crop_scale=(1, 1) gives the evaluation view instead.
+
+    Raises ValueError for a batch larger than the source; while iterating, for a batch with fewer than two readable
+    pairs, and when more than `max_bad_share` of the items seen are bad (after 100 items, or an epoch of fewer).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        readers: Sequence[Reader],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        crop_scale: tuple[float, float] = (0.9, 1.0),
+        max_bad_share: float = 0.01,
+        start_step: int = 0,
+    ) -> None:
+        if not 2 <= batch_size <= len(source):
+            raise ValueError(f"batch_size {batch_size}: expected 2 to {len(source)}, the images in {source.name}")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale {crop_scale}: expected two shares of the area, 0 < smallest <= largest <= 1")
+        self.source, self.readers, self.batch_size, self.seed = source, tuple(readers), batch_size, seed
+        self.workers, self.crop_scale, self.max_bad_share = workers, crop_scale, max_bad_share
+        self.start_step = start_step
+        self.steps_per_epoch = len(source) // batch_size
+        # For every reader, the first one that sees the same pixels, and the first one that sees the same tokens.
+        self._pixels_from = [
+            next(i for i, first in enumerate(readers) if first.preprocess.same_pixels(reader.preprocess))
+            for reader in readers
+        ]
+        self._tokens_from = [
+            next(i for i, first in enumerate(readers) if first.tokenizer == reader.tokenizer) for reader in readers
+        ]
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen, skipped = 0, []
+        enough = min(100, self.steps_per_epoch * self.batch_size)
+        for batch in _load(self.batch, count(self.start_step), self.workers):
+            seen += self.batch_size
+            skipped += batch.skipped
+            if seen >= enough and len(skipped) > self.max_bad_share * seen:
+                raise ValueError(
+                    f"{self.source.name}: {len(skipped)} of {seen} items are bad, "
+                    f"the limit is {self.max_bad_share:.1%}: {_examples(skipped)}"
+                )
+            yield batch
+
+    def batch(self, step: int) -> Batch:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        indices = epoch_order(len(self.source), self.seed, epoch)[start : start + self.batch_size].tolist()
+        keys, captions, views, skipped = [], [], [], []
+        for index in indices:
+            key = self.source.key(index)
+            try:
+                caption, view = self._visit(index, epoch)
+            except BadItem as error:
+                skipped.append((key, str(error)))
+                continue
+            keys.append(key)
+            captions.append(caption)
+            views.append(view)
+        if len(keys) < 2:
+            raise ValueError(
+                f"{self.source.name}: {len(keys)} readable pairs in batch {step} of {self.batch_size}, "
+                f"needs 2: {_examples(skipped)}"
+            )
+        pixels = {i: torch.stack([view[i] for view in views]) for i in set(self._pixels_from)}
+        tokens = {i: _tokenize(self.readers[i].tokenizer, captions) for i in set(self._tokens_from)}
+        inputs = tuple(Inputs(pixels[i], tokens[j]) for i, j in zip(self._pixels_from, self._tokens_from, strict=True))
+        return Batch(keys, inputs, skipped)
+
+    def _visit(self, index: int, epoch: int) -> tuple[str, dict[int, Tensor]]:
+        """A caption, and the picture as each distinct reader sees it, uint8 [3, S, S]."""
+        random = Random(f"{self.seed}/{epoch}/{index}")
+        captions = self.source.captions(index)
+        if not captions:
+            raise BadItem("no caption")
+        caption = random.choice(captions)
+        image = self.source.image(index)
+        if self.crop_scale == (1, 1):
+            return caption, {i: self.readers[i].preprocess(image) for i in set(self._pixels_from)}
+        box = crop_box(image.size, self.crop_scale, random)
+        return caption, {i: self.readers[i].preprocess.crop(image, box) for i in set(self._pixels_from)}
+
+
+class EvalBatches:
+    """(item indices, uint8 pixels [B, 3, S, S]) for every image of a source, in order, in the evaluation view.
+
+    Images that cannot be read are left out; once iterated, `skipped` lists them.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess, batch_size: int = 64, workers: int = 0) -> None:
+        self.source, self.preprocess, self.batch_size, self.workers = source, preprocess, batch_size, workers
+        self.skipped: Skipped = []
+
+    def __iter__(self) -> Iterator[tuple[list[int], Tensor]]:
+        self.skipped = []
+        for indices, pixels, skipped in _load(self._batch, range(0, len(self.source), self.batch_size), self.workers):
+            self.skipped += skipped
+            if indices:
+                yield indices, torch.stack(pixels)
+
+    def _batch(self, start: int) -> tuple[list[int], list[Tensor], Skipped]:
+        indices, pixels, skipped = [], [], []
+        for index in range(start, min(start + self.batch_size, len(self.source))):
+            try:
+                pixels.append(self.preprocess(self.source.image(index)))
+                indices.append(index)
+            except BadItem as error:
+                skipped.append((self.source.key(index), str(error)))
+        return indices, pixels, skipped
+
+
+@lru_cache(maxsize=1)
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of range(size) in which an epoch visits the items, int64."""
+    generator = torch.Generator().manual_seed(Random(f"{seed}/{epoch}").getrandbits(63))
+    return torch.randperm(size, generator=generator)
+
+
+def crop_box(size: tuple[int, int], scale: tuple[float, float], random: Random) -> Box:
+    """A random box inside a picture of size (width, height): its share of the area, then an aspect made to fit."""
+    width, height = size
+    share = random.uniform(*scale)
+    aspect = math.exp(random.uniform(*map(math.log, ASPECTS)))
+    aspect = min(max(aspect, share * width / height), width / height / share)
+    box_width, box_height = math.sqrt(share * width * height * aspect), math.sqrt(share * width * height / aspect)
+    left, top = random.random() * (width - box_width), random.random() * (height - box_height)
+    left, top = max(left, 0.0), max(top, 0.0)  # rounding can make the box wider than the picture by an ulp
+    return left, top, left + box_width, top + box_height
+
+
+def _tokenize(tokenizer: Callable[[Sequence[str]], Tensor], captions: list[str]) -> Tensor:
+    """int64 [B, L]. Only our own tokenizer's padding is known to be dead: other towers may read it."""
+    tokens_BL = tokenizer(captions)
+    if isinstance(tokenizer, Tokenizer):
+        return tokens_BL[:, : int(tokens_BL.argmax(dim=1).max()) + 1]  # the end token is the largest id
+    return tokens_BL
+
+
+def _examples(skipped: Skipped) -> str:
+    return "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
+
+
+class _Results(Dataset, Generic[T]):
+    """function(number) for every number that the DataLoader's sampler gives."""
+
+    def __init__(self, function: Callable[[int], T]) -> None:
+        self.function = function
+
+    def __getitem__(self, number: int) -> T | ValueError:
+        try:
+            return self.function(number)
+        except ValueError as error:  # as a value: raised in a worker, it would come back as a page of traceback
+            return error
+
+
+def _load(function: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T]:
+    """map(function, numbers), ahead of time in worker processes if there are any."""
+    own_random = torch.Generator()  # or the DataLoader would advance the global one
+    for result in DataLoader(
+        _Results(function), sampler=numbers, batch_size=None, num_workers=workers, generator=own_random
+    ):
+        if isinstance(result, ValueError):
+            raise result
+        yield result

@@ -1,0 +1,181 @@
+"""A batch is a function of (seed, step), all readers see the same crop, and bad items are left out and counted."""
+
+from itertools import islice
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+
+from tinyclip.data.loader import EvalBatches, PairLoader, Reader, crop_box
+from tinyclip.data.scenes import Scenes
+from tinyclip.data.sources import BadItem, open_source
+from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def reader():
+    scenes = Scenes("train", 20)
+    captions = [caption for index in range(20) for caption in scenes.captions(index)]
+    return Reader(Preprocess(size=16), Tokenizer.train(captions, vocab_size=600, context_length=40))
+
+
+class Toy:
+    """Item i is a picture of grey level i with the caption "number i"; some are corrupt, some have no caption."""
+
+    name = "toy"
+
+    def __init__(self, size, corrupt=(), silent=()):
+        self.size, self.corrupt, self.silent = size, corrupt, silent
+
+    def __len__(self):
+        return self.size
+
+    def key(self, index):
+        return f"item {index}"
+
+    def image(self, index):
+        if index in self.corrupt:
+            raise BadItem("corrupt")
+        return Image.new("RGB", (20, 16), (index,) * 3)
+
+    def captions(self, index):
+        return () if index in self.silent else (f"number {index}",)
+
+
+def first(loader, number):
+    return list(islice(loader, number))
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys == other.keys and batch.skipped == other.skipped
+        for ours, theirs in zip(batch.inputs, other.inputs, strict=True):
+            assert torch.equal(ours.pixels, theirs.pixels) and torch.equal(ours.tokens, theirs.tokens)
+
+
+def test_workers_and_resuming_change_nothing(reader):
+    settings = dict(source=Scenes("train", 10), readers=[reader], batch_size=4, seed=5)
+    batches = first(PairLoader(**settings), 6)
+    assert_same(first(PairLoader(**settings, workers=2), 6), batches)
+    assert_same(first(PairLoader(**settings, start_step=3), 3), batches[3:])
+    assert first(PairLoader(**{**settings, "seed": 6}), 1)[0].keys != batches[0].keys
+
+
+def test_loading_leaves_the_global_random_state_alone(reader):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first(PairLoader(Toy(8), [reader], batch_size=4, seed=0), 3)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_epoch_visits_every_item_once_in_its_own_order(reader):
+    loader = PairLoader(Toy(13), [reader], batch_size=4, seed=0)
+    assert loader.steps_per_epoch == 3
+    epochs = [[key for batch in first(loader, 6)[start : start + 3] for key in batch.keys] for start in (0, 3)]
+    assert all(len(set(keys)) == 12 for keys in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_pixels_and_tokens_belong_to_the_same_item(reader):
+    for batch in first(PairLoader(Toy(50), [reader], batch_size=10, seed=0), 5):
+        numbers = [int(key.removeprefix("item ")) for key in batch.keys]
+        assert batch.inputs[0].pixels.amax((1, 2, 3)).tolist() == numbers
+        expected = reader.tokenizer([f"number {number}" for number in numbers])
+        tokens = batch.inputs[0].tokens
+        assert torch.equal(tokens, expected[:, : tokens.shape[1]]) and expected[:, tokens.shape[1] :].sum() == 0
+        assert tokens.shape[1] == max(map(len, reader.tokenizer.encode([f"number {number}" for number in numbers])))
+
+
+def test_readers_that_agree_share_tensors_and_the_others_see_the_same_crop(reader):
+    def other_tokenizer(texts):
+        return torch.ones(len(texts), 64, dtype=torch.int64)
+
+    readers = [
+        reader,
+        Reader(Preprocess(size=16, mean=(0, 0, 0)), Tokenizer.openai()),
+        Reader(Preprocess(size=32), other_tokenizer),
+    ]
+    for workers in (0, 1):
+        loader = PairLoader(Scenes("train", 8), readers, batch_size=4, seed=0, crop_scale=(0.5, 0.5), workers=workers)
+        student, same_pixels, teacher = first(loader, 1)[0].inputs
+        assert same_pixels.pixels is student.pixels and same_pixels.tokens is not student.tokens
+        halved = torch.nn.functional.avg_pool2d(teacher.pixels.float(), 2)
+        assert (halved - student.pixels).abs().mean() < 4
+        assert teacher.tokens.shape == (4, 64)  # a foreign tokenizer's padding is not ours to cut
+
+
+def test_the_whole_picture_is_the_evaluation_view(reader):
+    source = Scenes("train", 6)
+    batch = first(PairLoader(source, [reader], batch_size=6, seed=0, crop_scale=(1, 1)), 1)[0]
+    [(indices, pixels)] = EvalBatches(source, reader.preprocess)
+    order = [batch.keys.index(source.key(index)) for index in indices]
+    assert torch.equal(batch.inputs[0].pixels[order], pixels)
+
+
+@pytest.mark.parametrize("width, height", [(100, 100), (300, 100), (1, 5000)])
+def test_crops_have_the_asked_area_and_lie_inside(width, height):
+    random = Random(0)
+    for _ in range(1000):
+        left, top, right, bottom = crop_box((width, height), (0.4, 0.9), random)
+        assert 0 <= left < right <= width + 1e-9 and 0 <= top < bottom <= height + 1e-9
+        assert 0.4 - 1e-9 <= (right - left) * (bottom - top) / (width * height) <= 0.9 + 1e-9
+
+
+def test_aspects_of_a_square_picture_are_spread_around_one():
+    random = Random(0)
+    boxes = [crop_box((100, 100), (0.3, 0.5), random) for _ in range(2000)]
+    aspects = torch.tensor([(right - left) / (bottom - top) for left, top, right, bottom in boxes])
+    assert 0.75 <= aspects.min() < 0.76 and 1.32 < aspects.max() <= 4 / 3 + 1e-6
+    assert abs(aspects.log().mean()) < 0.01
+
+
+# Bad input
+
+
+def test_bad_items_are_left_out_and_listed(reader):
+    source = Toy(12, corrupt={3}, silent={7})
+    for workers in (0, 1):
+        batches = first(PairLoader(source, [reader], batch_size=6, seed=0, max_bad_share=0.5, workers=workers), 2)
+        skipped = sorted(skip for batch in batches for skip in batch.skipped)
+        assert skipped == [("item 3", "corrupt"), ("item 7", "no caption")]
+        for batch in batches:
+            assert len(batch.keys) == len(batch.inputs[0].pixels) == len(batch.inputs[0].tokens)
+            assert len(batch.keys) == 6 - len(batch.skipped)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_items_are_an_error_with_examples(reader, workers):
+    loader = PairLoader(Toy(200, corrupt=range(0, 200, 10)), [reader], batch_size=50, seed=0, workers=workers)
+    with pytest.raises(ValueError, match=r"^toy: \d+ of 100 items are bad, the limit is 1.0%: item \d+: corrupt; .*$"):
+        first(loader, 9)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_without_pairs_is_an_error(reader, workers):
+    loader = PairLoader(Toy(200, corrupt=range(200)), [reader], batch_size=4, seed=0, workers=workers)
+    with pytest.raises(ValueError, match="^toy: 0 readable pairs in batch 0 of 4, needs 2: item [^\n]*$"):
+        first(loader, 1)
+
+
+def test_settings_that_cannot_work_are_refused(reader):
+    with pytest.raises(ValueError, match="batch_size 9: expected 2 to 8, the images in toy"):
+        PairLoader(Toy(8), [reader], batch_size=9, seed=0)
+    with pytest.raises(ValueError, match="crop_scale"):
+        PairLoader(Toy(8), [reader], batch_size=4, seed=0, crop_scale=(0.9, 1.1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_skips_corrupt_images_and_says_so(reader, workers):
+    batches = EvalBatches(Toy(10, corrupt={4, 8, 9}), reader.preprocess, batch_size=4, workers=workers)
+    assert [indices for indices, _ in batches] == [[0, 1, 2, 3], [5, 6, 7]]
+    assert [(len(pixels), int(pixels[0].amax())) for _, pixels in batches] == [(4, 0), (3, 5)]
+    assert [key for key, _ in batches.skipped] == ["item 4", "item 8", "item 9"]
+
+
+def test_real_photographs_load_in_workers_that_share_a_zip(shared, reader):
+    source = open_source(f"{shared}/data/flickr8k-train/captions.tsv?images=images.zip&where=split=dev&limit=40")
+    settings = dict(source=source, readers=[reader], batch_size=8, seed=0)
+    assert_same(first(PairLoader(**settings, workers=2), 5), first(PairLoader(**settings), 5))

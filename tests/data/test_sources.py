@@ -1,0 +1,334 @@
+"""Tables, shards and class folders say the same pairs through one interface, and bad input is one plain line."""
+
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+
+import pytest
+import webdataset
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from tinyclip.data import sources
+from tinyclip.data.sources import BadItem, open_source
+from tinyclip.data.spec import DataSpec
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), COLOURS[colour]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three images in a zip; red has two captions, blue is of another split."""
+    write_zip(tmp_path / "images.zip", {f"{colour}.png": png(colour) for colour in COLOURS})
+    rows = [
+        "file\tsplit\tcaption\tnames",
+        'red.png\ttrain\t"a ""warm"" square"\tred|crimson',
+        "red.png\ttrain\tsomething red\tred|crimson",
+        "green.png\ttrain\tgrass\tgreen",
+        "blue.png\tdev\tthe sky\tblue",
+    ]
+    path = tmp_path / "captions.tsv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "000.tar"
+    fields = {"captions": ["grass", "a lawn"], "name": "green"}
+    write_tar(
+        path,
+        {
+            "red.png": png("red"),
+            "red.json": json.dumps({"captions": ["a rose"], "name": "red"}).encode(),
+            "a.b/green.png": png("green"),
+            "a.b/green.json": json.dumps(fields).encode(),
+            "readme.md": b"not a sample",
+        },
+    )
+    return path
+
+
+def everything(source):
+    """Colour, captions and label of every item."""
+    return [
+        (source.image(i).convert("RGB").getpixel((0, 0)), tuple(source.captions(i)), source.label(i))
+        for i in range(len(source))
+    ]
+
+
+def error_of(spec, error=ValueError):
+    with pytest.raises(error) as caught:
+        open_source(spec)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Specs
+
+
+def test_a_string_and_a_mapping_are_the_same_spec():
+    text = "t.tsv?images=i.zip&where=split=dev&caption=cats %26 {name}&limit=5"
+    fields = {"path": "t.tsv", "images": "i.zip", "where": "split=dev", "caption": "cats & {name}", "limit": 5}
+    assert DataSpec.parse(text) == DataSpec.parse(fields)
+    assert DataSpec.parse(DataSpec.parse(text).model_dump()) == DataSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("t.tsv?colour=red", "unknown key 'colour'; known: path, images, image, caption"),
+        ({"path": "t.tsv", "colour": "red"}, "unknown key 'colour'; known: path, images, image, caption"),
+        ("t.tsv?count=3", "key 'count' means nothing for table, which take images"),
+        ("scenes?split=dev", "split: Input should be 'train', 'heldout' or 'classes'"),
+        ("t.tsv?limit=0", "limit: Input should be greater than 0"),
+        ("t.tsv?limit", "expected key=value after '?', got 'limit'"),
+        ("t.tsv?limit=1&limit=2", "key 'limit' is given twice"),
+    ],
+)
+def test_a_wrong_spec_is_one_line_that_says_what_is_known(spec, expected):
+    assert expected in error_of(spec)
+
+
+# Tables
+
+
+def test_rows_with_the_same_image_are_one_item(table):
+    source = open_source(f"{table}?images=images.zip&label=names&sep=|")
+    assert everything(source) == [
+        (COLOURS["red"], ('a "warm" square', "something red"), ("red", "crimson")),
+        (COLOURS["green"], ("grass",), ("green",)),
+        (COLOURS["blue"], ("the sky",), ("blue",)),
+    ]
+    assert [source.key(i) for i in range(3)] == ["red.png", "green.png", "blue.png"]
+
+
+def test_where_and_limit_choose_rows(table):
+    spec = f"{table}?images=images.zip"
+    assert [text for _, (*_, text), _ in everything(open_source(f"{spec}&where=split=dev"))] == ["the sky"]
+    assert len(open_source(f"{spec}&where=split!=dev;caption!=grass")) == 1
+    assert len(open_source(f"{spec}&limit=2")) == 2
+    assert "no images where split=test" in error_of(f"{spec}&where=split=test")
+    assert "columns are file, split, caption, names" in error_of(f"{spec}&where=part=dev")
+
+
+def test_a_template_is_filled_with_every_combination(table):
+    source = open_source(
+        f"{table}?images=images.zip&caption=a {{names}} thing ({{split}})&sep=|&where=caption=something red"
+    )
+    assert source.captions(0) == ("a red thing (train)", "a crimson thing (train)")
+
+
+def test_a_csv_beside_its_images_reads_like_a_tsv_with_a_zip(tmp_path):
+    (tmp_path / "red.png").write_bytes(png("red"))
+    (tmp_path / "list.csv").write_text('filepath,title\nred.png,"red, only red"\n')
+    assert everything(open_source(str(tmp_path / "list.csv"))) == [(COLOURS["red"], ("red, only red",), None)]
+
+
+def test_an_item_with_an_empty_caption_has_none(tmp_path):
+    (tmp_path / "red.png").write_bytes(png("red"))
+    (tmp_path / "list.tsv").write_text("file\tcaption\nred.png\t \n")
+    assert open_source(str(tmp_path / "list.tsv")).captions(0) == ()
+
+
+def test_a_missing_column_is_an_error_that_lists_the_columns(table):
+    spec = f"{table}?images=images.zip"
+    assert "no column 'name'; it has file, split, caption, names" in error_of(f"{spec}&caption=a {{name}}")
+    assert "no column 'class'; it has file" in error_of(f"{spec}&label=class")
+    assert "no image column url; it has file" in error_of(f"{spec}&image=url")
+    table.write_text("file\tsplit\nred.png\ttrain\n")
+    assert "no caption column captions or caption or txt or title or text; it has file, split" in error_of(spec)
+
+
+def test_missing_images_are_counted_and_the_first_is_named(table):
+    message = error_of(f"{table}", FileNotFoundError)
+    assert "3 of 3 images are not in" in message and "'red.png'" in message
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"", "empty, expected a header line"),
+        (b"file\tcaption\n", "no images"),
+        (b"file\tcaption\nred.png\n", "line 2: expected 2 cells, as in the header, got 1"),
+        (b'file\tcaption\nred.png\t"open\n', "unexpected end of data"),
+        (b"file\tcaption\nred.png\t\xff\n", "can't decode byte 0xff"),
+    ],
+)
+def test_a_broken_table_is_one_line(table, data, expected):
+    table.write_bytes(data)
+    message = error_of(f"{table}?images=images.zip")
+    assert expected in message and str(table) in message
+
+
+@pytest.mark.parametrize("spec", ["no.tsv", "no.tar", "no.zip", "no", "table.parquet"])
+def test_a_missing_file_is_named(tmp_path, spec):
+    assert spec in error_of(str(tmp_path / spec), FileNotFoundError)
+
+
+# Class folders
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_class_folders_are_labelled_with_their_names(tmp_path, form):
+    files = {f"val/{colour}/1.png": png(colour) for colour in ("blue", "red")}
+    files |= {"val/red/notes.txt": b"", "__MACOSX/val/red/._1.png": b""}
+    path = tmp_path / ("set.zip" if form == "zip" else "set")
+    if form == "zip":
+        write_zip(path, files)
+    for name, data in files.items() if form == "folder" else ():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    assert everything(open_source(f"{path}?caption=a photo of {{label}}")) == [
+        (COLOURS["blue"], ("a photo of blue",), ("blue",)),
+        (COLOURS["red"], ("a photo of red",), ("red",)),
+    ]
+
+
+def test_an_empty_folder_and_a_damaged_zip_are_errors(tmp_path):
+    assert "no images" in error_of(str(tmp_path))
+    (tmp_path / "set.zip").write_bytes(b"")
+    assert "set.zip: not a zip file, or damaged" in error_of(str(tmp_path / "set.zip"))
+
+
+# Shards
+
+
+def test_a_shard_gives_captions_and_labels_from_json(shard):
+    source = open_source(f"{shard}?label=name")
+    assert everything(source) == [
+        (COLOURS["red"], ("a rose",), ("red",)),
+        (COLOURS["green"], ("grass", "a lawn"), ("green",)),
+    ]
+    assert source.key(1) == f"{shard}/a.b/green"
+
+
+def test_webdataset_writes_what_we_read_and_reads_the_same(tmp_path):
+    path = tmp_path / "w.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for colour in COLOURS:
+            writer.write({"__key__": f"x/{colour}", "png": png(colour), "txt": f"all {colour}", "json": {"n": 1}})
+    source = open_source(str(path))
+    with open(path, "rb") as file:
+        theirs = list(group_by_keys({"__url__": str(path), **entry} for entry in tar_file_iterator(file)))
+    assert [source.key(i) for i in range(3)] == [f"{path}/{sample['__key__']}" for sample in theirs]
+    assert [source.captions(i)[0] for i in range(3)] == [sample["txt"].decode() for sample in theirs]
+
+
+def test_braces_name_several_shards_and_txt_is_a_caption(tmp_path):
+    for number, colour in enumerate(COLOURS):
+        write_tar(tmp_path / f"{number:03}.tar", {"1.PNG": png(colour), "1.txt": f"{colour}\n".encode()})
+    source = open_source(f"{tmp_path}/{{000..002}}.tar")
+    assert everything(source) == [(rgb, (colour,), None) for colour, rgb in COLOURS.items()]
+
+
+def test_a_field_that_the_json_lacks_is_an_error_that_lists_the_fields(shard):
+    assert "no column 'title'; it has captions, name" in error_of(f"{shard}?caption=title")
+
+
+@pytest.mark.parametrize("cut", [0, 100, 700, 1024, 1100, 2048, 4096])
+def test_a_truncated_shard_is_an_error_wherever_it_is_cut(shard, cut):
+    shard.write_bytes(shard.read_bytes()[:cut])
+    assert str(shard) in error_of(str(shard))
+
+
+def test_links_devices_and_paths_that_lead_outside_are_ignored(tmp_path):
+    path = tmp_path / "odd.tar"
+    write_tar(path, {"../up.png": png("red"), "/root.png": png("red"), "line\nbreak.png": png("red")})
+    with tarfile.open(path, "a") as archive:
+        for name, kind in [("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("dev.png", tarfile.CHRTYPE)]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    assert "no images" in error_of(str(path))
+
+
+@pytest.mark.parametrize("text", [b"{", b"3", b"[" * 100_000, b"\xff"])
+def test_broken_json_is_a_bad_item(shard, tmp_path, text):
+    write_tar(
+        tmp_path / "1.tar", {"1.png": png("red"), "1.json": b'{"caption": "x"}', "2.png": png("red"), "2.json": text}
+    )
+    source = open_source(str(tmp_path / "1.tar"))
+    with pytest.raises(BadItem, match="^cannot read the text of 2: .*$"):
+        source.captions(1)
+
+
+# Images
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty file"),
+        (b"<html>404</html>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (png("red")[:45], "OSError|SyntaxError"),
+    ],
+    ids=["zero bytes", "a web page", "a PostScript program", "a cut PNG"],
+)
+@pytest.mark.parametrize("kind", ["table", "shard"])
+def test_a_broken_image_is_a_bad_item(tmp_path, kind, data, reason):
+    (tmp_path / "1.png").write_bytes(data)
+    (tmp_path / "list.tsv").write_text("file\tcaption\n1.png\tx\n")
+    write_tar(tmp_path / "1.tar", {"1.png": data, "1.txt": b"x"})
+    source = open_source(str(tmp_path / {"table": "list.tsv", "shard": "1.tar"}[kind]))
+    with pytest.raises(BadItem, match=f"^({reason}).*$"):
+        source.image(0)
+
+
+def test_a_decompression_bomb_is_a_bad_item(tmp_path):
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "bomb.png")  # 90 megapixels in 11 kB
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "huge.png")  # more than Pillow itself allows
+    (tmp_path / "list.tsv").write_text("file\tcaption\nbomb.png\tx\nhuge.png\tx\n")
+    source = open_source(str(tmp_path / "list.tsv"))
+    for index in range(2):
+        with pytest.raises(BadItem, match="pixels|DecompressionBomb"):
+            source.image(index)
+
+
+def test_a_file_that_would_unpack_beyond_the_limit_is_a_bad_item(table, shard, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BYTES", 10)
+    with pytest.raises(BadItem, match="the limit is 10"):
+        open_source(f"{table}?images=images.zip").image(0)
+    assert "the limit is 10" in error_of(str(shard))
+
+
+def test_sources_survive_pickling(table, shard):
+    for spec in (f"{table}?images=images.zip", str(shard), "scenes?count=3"):
+        source = open_source(spec)
+        assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
+
+
+def test_the_real_sets_open(shared):
+    data = shared / "data"
+    flickr = open_source(f"{data}/flickr8k-train/captions.tsv?images=images.zip&where=split=dev")
+    assert len(flickr) == 1000 and len(flickr.captions(0)) == 5 and flickr.image(0).size == (128, 128)
+    emoji = open_source(
+        f"{data}/emoji-demo/pairs.tsv?images=images.zip&caption=a {{style}} drawing of {{name}}&limit=9"
+    )
+    assert emoji.captions(0) == ("a noto drawing of grinning face",)
+    classes = open_source(f"{data}/tiny-imagenet-val/labels.tsv?images=images.zip&label=names&sep=,")
+    assert len(classes) == 3000 and classes.label(0) == ("goldfish", "Carassius auratus")
