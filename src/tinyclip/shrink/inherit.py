@@ -1,0 +1,193 @@
+"""Weight inheritance by rule (the paper's "manual"): which layers, channels, heads and neurons the student keeps.
+
+`choose(model, rule)` decides; `keep.take` cuts. Sizes are given outright (layers, width, ffn), or follow from
+`keep_params`: then the image tower gets narrower and the text tower shallower, as in the published models, and the
+FFN takes what is left of the budget. Source: Wu et al., "TinyCLIP", ICCV 2023, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tinyclip.model import (
+    CLIP,
+    Attention,
+    Block,
+    BlockConfig,
+    Config,
+    FeedForward,
+    ImageTower,
+    OutputBias,
+    TextTower,
+    TowerConfig,
+)
+from tinyclip.shrink.keep import Keep, TowerKeep
+
+
+class TowerRule(Config):
+    """What one tower keeps; a size that is not given stays, or follows from the budget."""
+
+    layers: int | None = Field(default=None, gt=0)
+    width: int | None = Field(default=None, gt=0, description="channels; a multiple of the head size")
+    ffn: int | None = Field(default=None, gt=0, description="neurons per block")
+    layer_choice: Literal["even", "leading", "official"] | tuple[int, ...] = Field(
+        default="even",
+        description="even: spread from the first layer to the last; leading: the first ones; "
+        "official: every floor(teacher / student)-th, as the official code; or a list of layers",
+    )
+    channels: Literal["leading", "largest"] = Field(
+        default="leading", description="the first channels, heads and neurons, or those with the largest weights"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_layers(self) -> TowerRule:
+        if isinstance(self.layer_choice, tuple) and self.layers not in (None, len(self.layer_choice)):
+            raise ValueError(f"layers is {self.layers}, but layer_choice lists {len(self.layer_choice)}")
+        return self
+
+
+class Inherit(Config):
+    kind: Literal["inherit"] = "inherit"
+    keep_params: float | None = Field(
+        default=None, gt=0, le=1, description="share of the starting model's prunable parameters (attention and FFN)"
+    )
+    image: TowerRule = TowerRule()
+    text: TowerRule = TowerRule()
+
+
+def choose(model: CLIP, rule: Inherit, budget_params: int | None = None) -> Keep:
+    """The indices that `rule` keeps, of at most `budget_params` prunable parameters where that is given.
+
+    Raises ValueError where the model is smaller than asked for, a width is not a multiple of the head size, or the
+    budget is too small for the rule.
+    """
+    image, text = rule.image, rule.text
+    if budget_params is not None:
+        share = budget_params / model.config.prunable_params
+        image = _fit(model.config.image, image, share, "image", vary="width")
+        text = _fit(model.config.text, text, share, "text", vary="layers")
+    return Keep(
+        image=_choose_tower(model.image, model.config.image, image, "image"),
+        text=_choose_tower(model.text, model.config.text, text, "text"),
+    )
+
+
+def layer_map(choice: str | tuple[int, ...], layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher layer that each student layer inherits."""
+    if isinstance(choice, tuple):
+        return choice
+    if choice == "leading":
+        return tuple(range(layers))
+    if choice == "official":
+        step = teacher_layers // layers
+        return tuple(range(0, layers * step, step))
+    if layers == 1:
+        return (0,)
+    return tuple((2 * i * (teacher_layers - 1) + layers - 1) // (2 * (layers - 1)) for i in range(layers))  # rounded
+
+
+def _choose_tower(tower: ImageTower | TextTower, config: TowerConfig, rule: TowerRule, name: str) -> TowerKeep:
+    listed = len(rule.layer_choice) if isinstance(rule.layer_choice, tuple) else None
+    layers = rule.layers or listed or len(config.blocks)
+    width = rule.width or config.width
+    for what, asked, there in (("layers", layers, len(config.blocks)), ("width", width, config.width)):
+        if asked > there:
+            raise ValueError(f"{name} {what}: expected at most {there} (the model's), got {asked}")
+    if rule.width and width % config.head_dim:
+        raise ValueError(f"{name} width: expected a multiple of the head size {config.head_dim}, got {width}")
+    blocks = layer_map(rule.layer_choice, layers, len(config.blocks))
+    largest = rule.channels == "largest"
+
+    def pick(score: Callable[[], Tensor], count: int, size: int) -> tuple[int, ...]:
+        if not largest or count >= size:
+            return tuple(range(min(count, size)))
+        return tuple(sorted(score().topk(count).indices.tolist()))
+
+    heads, ffn = [], []
+    for index in blocks:
+        if not 0 <= index < len(config.blocks):
+            raise ValueError(f"{name} layer_choice: expected layers 0 to {len(config.blocks) - 1}, got {index}")
+        block, shape = tower.blocks[index], config.blocks[index]
+        num_heads = min(shape.heads, width // config.head_dim) if rule.width else shape.heads
+        heads.append(pick(lambda b=block: head_scores(b), num_heads, shape.heads))
+        ffn.append(pick(lambda b=block: neuron_scores(b), rule.ffn or _default_ffn(rule, config, shape), shape.ffn))
+    return TowerKeep(
+        blocks=blocks,
+        width=pick(lambda: channel_scores(tower, blocks), width, config.width),
+        heads=tuple(heads),
+        ffn=tuple(ffn),
+    )
+
+
+def _default_ffn(rule: TowerRule, config: TowerConfig, shape: BlockConfig) -> int:
+    """Without a size of its own the FFN shrinks with the width."""
+    return max(1, shape.ffn * (rule.width or config.width) // config.width)
+
+
+def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Literal["width", "layers"]) -> TowerRule:
+    """The rule with its sizes filled in: at most `share` of the tower's prunable parameters, less than a neuron a block.
+
+    Of all widths (or depths) that can hold the budget, the one whose ratio of neurons to width changes least.
+    """
+    K, num_layers = config.head_dim, len(config.blocks)
+    widths: Iterable[int] = [rule.width or config.width]
+    depths: Iterable[int] = [rule.layers or num_layers]
+    if vary == "width" and rule.width is None and config.width >= K:
+        widths = range(K, config.width + 1, K) if config.width % K == 0 else range(K, config.width, K)
+    if vary == "layers" and rule.layers is None and not isinstance(rule.layer_choice, tuple):
+        depths = range(1, num_layers + 1)
+    heads, ffn = max(b.heads for b in config.blocks), max(b.ffn for b in config.blocks)
+    budget = share * config.prunable_params
+    fits: list[tuple[float, TowerRule]] = []
+    for layers in depths:
+        for width in widths:
+            attention = BlockConfig(heads=min(heads, width // K), ffn=0).num_params(width, K)
+            neurons = rule.ffn or int((budget / layers - attention) // (2 * width + 1))
+            if 0 < neurons <= ffn and layers * (attention + neurons * (2 * width + 1)) <= budget * (1 + 1e-9):
+                change = abs(torch.tensor((neurons / width) / (ffn / config.width)).log().item())
+                fits.append((change, rule.model_copy(update={"layers": layers, "width": width, "ffn": neurons})))
+    if not fits:
+        raise ValueError(
+            f"keep_params: no {name} tower of {num_layers} layers or fewer, width {config.width} or less and head "
+            f"size {K} has at most {share:.1%} of {config.prunable_params} prunable parameters and a neuron per block"
+        )
+    return min(fits, key=lambda fit: fit[0])[1]
+
+
+@torch.no_grad()
+def channel_scores(tower: ImageTower | TextTower, blocks: Iterable[int]) -> Tensor:
+    """[D]: squared weights that write each channel of the residual stream."""
+    embedding_XD = tower.patch.weight.T if isinstance(tower, ImageTower) else tower.token_embedding.weight
+    score_D = embedding_XD.square().mean(0) + tower.position.square().mean(0)
+    for index in blocks:
+        attention, ffn = tower.blocks[index].attention, tower.blocks[index].ffn
+        if isinstance(attention, Attention):
+            score_D = score_D + attention.out.weight.square().sum(1)
+        if isinstance(ffn, FeedForward):
+            score_D = score_D + ffn.down.weight.square().sum(1)
+    return score_D
+
+
+@torch.no_grad()
+def head_scores(block: Block) -> Tensor:
+    """[H]: size of what each head can write, |values| x |outputs|."""
+    attention = block.attention
+    if isinstance(attention, OutputBias):
+        return attention.bias.new_zeros(0)
+    _, _, v_HKD = attention.qkv.weight.unflatten(0, (3, attention.heads, attention.head_dim)).unbind(0)
+    out_DHK = attention.out.weight.unflatten(1, (attention.heads, attention.head_dim))
+    return v_HKD.flatten(1).norm(dim=1) * out_DHK.transpose(0, 1).flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def neuron_scores(block: Block) -> Tensor:
+    """[F]: |what a neuron reads| x |what it writes|."""
+    ffn = block.ffn
+    if isinstance(ffn, OutputBias):
+        return ffn.bias.new_zeros(0)
+    return ffn.up.weight.norm(dim=1) * ffn.down.weight.norm(dim=0)

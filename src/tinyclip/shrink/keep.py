@@ -1,0 +1,171 @@
+"""Keep: what survives. `take(model, keep)` is the only place where weights are sliced.
+
+Shape legend: D width, H heads, K head dim, F FFN neurons, E embedding, L positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig, Config, Gates, TowerConfig, TowerGates
+
+AnyTower = TypeVar("AnyTower", bound=TowerConfig)
+
+
+class TowerKeep(Config):
+    """Surviving indices of one tower, ascending. `heads` and `ffn` have one entry per surviving block."""
+
+    blocks: tuple[int, ...]
+    width: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
+    ffn: tuple[tuple[int, ...], ...]
+
+    def check(self, config: TowerConfig, tower: str) -> None:
+        """Raises ValueError where the indices do not fit the tower."""
+
+        def check_indices(what: str, indices: tuple[int, ...], size: int, at_least: int) -> None:
+            if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
+                raise ValueError(f"keep.{tower}.{what}: expected ascending indices in [0, {size}), got {indices}")
+            if len(indices) < at_least:
+                raise ValueError(f"keep.{tower}.{what}: expected at least {at_least}, got none")
+
+        check_indices("blocks", self.blocks, len(config.blocks), 1)
+        check_indices("width", self.width, config.width, 1)
+        if not len(self.heads) == len(self.ffn) == len(self.blocks):
+            raise ValueError(
+                f"keep.{tower}: expected heads and ffn for {len(self.blocks)} blocks, "
+                f"got {len(self.heads)} and {len(self.ffn)}"
+            )
+        for index, heads, ffn in zip(self.blocks, self.heads, self.ffn, strict=True):
+            check_indices(f"heads of block {index}", heads, config.blocks[index].heads, 0)
+            check_indices(f"ffn of block {index}", ffn, config.blocks[index].ffn, 0)
+
+    def shrink(self, config: AnyTower) -> AnyTower:
+        """The shape that is left."""
+        blocks = tuple(BlockConfig(heads=len(h), ffn=len(f)) for h, f in zip(self.heads, self.ffn, strict=True))
+        return config.model_copy(update={"width": len(self.width), "blocks": blocks})
+
+
+class Keep(Config):
+    image: TowerKeep
+    text: TowerKeep
+
+    def shrink(self, config: CLIPConfig) -> CLIPConfig:
+        """The config of the cut model. Raises ValueError where the indices do not fit."""
+        self.image.check(config.image, "image")
+        self.text.check(config.text, "text")
+        return config.model_copy(
+            update={"image": self.image.shrink(config.image), "text": self.text.shrink(config.text)}
+        )
+
+    def describe(self, config: CLIPConfig) -> str:
+        """The map in one line: which layers, and how many channels, heads and neurons of how many."""
+
+        def counts(kept: tuple[tuple[int, ...], ...]) -> str:
+            numbers = [len(indices) for indices in kept]
+            return f"{numbers[0]} each" if len(set(numbers)) == 1 else " ".join(map(str, numbers))
+
+        def tower(name: str, keep: TowerKeep, config: TowerConfig) -> str:
+            layers = "all" if len(keep.blocks) == len(config.blocks) else " ".join(map(str, keep.blocks))
+            return (
+                f"{name}: layers {layers} of {len(config.blocks)}, width {len(keep.width)} of {config.width}, "
+                f"heads {counts(keep.heads)}, neurons {counts(keep.ffn)}"
+            )
+
+        before, after = config.prunable_params, self.shrink(config).prunable_params
+        towers = f"{tower('image', self.image, config.image)}; {tower('text', self.text, config.text)}"
+        return f"{before:,} -> {after:,} prunable parameters; {towers}"
+
+    @classmethod
+    def everything(cls, config: CLIPConfig) -> Keep:
+        def tower(config: TowerConfig) -> TowerKeep:
+            return TowerKeep(
+                blocks=tuple(range(len(config.blocks))),
+                width=tuple(range(config.width)),
+                heads=tuple(tuple(range(block.heads)) for block in config.blocks),
+                ffn=tuple(tuple(range(block.ffn)) for block in config.blocks),
+            )
+
+        return cls(image=tower(config.image), text=tower(config.text))
+
+    @classmethod
+    def open_gates(cls, gates: Gates) -> Keep:
+        """What gates of these values leave: every index whose gate is not zero, in every block."""
+
+        def indices(gate: Tensor) -> tuple[int, ...]:
+            return tuple(gate.nonzero().flatten().tolist())
+
+        def tower(gates: TowerGates) -> TowerKeep:
+            return TowerKeep(
+                blocks=tuple(range(len(gates.heads))),
+                width=indices(gates.width_D),
+                heads=tuple(map(indices, gates.heads)),
+                ffn=tuple(map(indices, gates.ffn)),
+            )
+
+        return cls(image=tower(gates.image), text=tower(gates.text))
+
+
+@torch.no_grad()
+def take(model: CLIP, keep: Keep) -> CLIP:
+    """A new, smaller model with copies of the surviving weights, on the same device. Raises ValueError for a bad keep."""
+    with torch.device("meta"):
+        small = CLIP(keep.shrink(model.config), preprocess=model.preprocess, tokenizer=model.tokenizer)
+    weights = {"logit_scale": model.logit_scale.clone()}
+    for tower, tower_config, tower_keep in (
+        ("image", model.config.image, keep.image),
+        ("text", model.config.text, keep.text),
+    ):
+        parts = {n.removeprefix(f"{tower}."): w for n, w in model.state_dict().items() if n.startswith(f"{tower}.")}
+        weights |= {f"{tower}.{name}": weight for name, weight in _take_tower(parts, tower_config, tower_keep)}
+    small.load_state_dict(weights, strict=True, assign=True)
+    return small.train(model.training)
+
+
+def _take_tower(weights: dict[str, Tensor], config: TowerConfig, keep: TowerKeep) -> Iterator[tuple[str, Tensor]]:
+    """(new name, sliced weight) of every weight that survives in one tower."""
+    device = weights["position"].device
+    width = torch.tensor(keep.width, device=device)
+    for name, weight in weights.items():  # outside the blocks, the width is the last axis but for the patch embedding
+        if not name.startswith("blocks."):
+            yield name, weight[width] if name == "patch.weight" else weight[..., width]
+    for new, old in enumerate(keep.blocks):
+        block = {n.removeprefix(f"blocks.{old}."): w for n, w in weights.items() if n.startswith(f"blocks.{old}.")}
+        heads = torch.tensor(keep.heads[new], dtype=torch.long, device=device)
+        neurons = torch.tensor(keep.ffn[new], dtype=torch.long, device=device)
+        branches = _take_attention(block, config.head_dim, width, heads) | _take_ffn(block, width, neurons)
+        yield from ((f"blocks.{new}.{name}", weight) for name, weight in branches.items())
+
+
+def _take_attention(block: dict[str, Tensor], head_dim: int, width: Tensor, heads: Tensor) -> dict[str, Tensor]:
+    if not len(heads):
+        bias_D = block["attention.out.bias"] if "attention.out.bias" in block else block["attention.bias"]
+        return {"attention.bias": bias_D[width]}
+    qkv_3HKD = block["attention.qkv.weight"].unflatten(0, (3, -1, head_dim))
+    qkv_3HK = block["attention.qkv.bias"].unflatten(0, (3, -1, head_dim))
+    out_DHK = block["attention.out.weight"].unflatten(1, (-1, head_dim))
+    return {
+        "attention.norm.weight": block["attention.norm.weight"][width],
+        "attention.norm.bias": block["attention.norm.bias"][width],
+        "attention.qkv.weight": qkv_3HKD[:, heads][..., width].flatten(0, 2),
+        "attention.qkv.bias": qkv_3HK[:, heads].flatten(),
+        "attention.out.weight": out_DHK[width][:, heads].flatten(1),
+        "attention.out.bias": block["attention.out.bias"][width],
+    }
+
+
+def _take_ffn(block: dict[str, Tensor], width: Tensor, neurons: Tensor) -> dict[str, Tensor]:
+    if not len(neurons):
+        return {"ffn.bias": (block["ffn.down.bias"] if "ffn.down.bias" in block else block["ffn.bias"])[width]}
+    return {
+        "ffn.norm.weight": block["ffn.norm.weight"][width],
+        "ffn.norm.bias": block["ffn.norm.bias"][width],
+        "ffn.up.weight": block["ffn.up.weight"][neurons][:, width],
+        "ffn.up.bias": block["ffn.up.bias"][neurons],
+        "ffn.down.weight": block["ffn.down.weight"][width][:, neurons],
+        "ffn.down.bias": block["ffn.down.bias"][width],
+    }
