@@ -1,0 +1,123 @@
+"""What a training phase tells: one JSON line per logged step, a progress bar for people, trackers on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class JsonLines:
+    """Appends {"step": ..., ...} lines to `path`. Lines of `start_step` and later, left by a killed run, are dropped."""
+
+    def __init__(self, path: Path, *, start_step: int):
+        if path.exists():
+            path.write_text("".join(_lines_before(path, start_step)), encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_before(path: Path, step: int) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] < step:
+                yield line
+        except (json.JSONDecodeError, KeyError):
+            continue  # the torn last line of a killed run
+
+
+class Metrics:
+    """One line per logged step in `directory`/metrics.jsonl, the trackers, and a progress display on stderr."""
+
+    def __init__(self, directory: Path, *, start_step: int, total_steps: int, trackers: tuple[Tracker, ...] = ()):
+        self._lines = JsonLines(directory / "metrics.jsonl", start_step=start_step)
+        self._trackers = [_open_tracker(tracker, directory) for tracker in trackers]
+        self._pairs, self._started = 0, time.perf_counter()
+        self._display = _Display(f"{directory.parent.name}/{directory.name}", start_step, total_steps)
+
+    def advance(self, step: int, pairs: int) -> None:
+        """Count one finished step of so many pairs."""
+        self._pairs += pairs
+        self._display.advance(step + 1, self.pairs_per_s)
+
+    @property
+    def pairs_per_s(self) -> float:
+        return self._pairs / max(time.perf_counter() - self._started, 1e-9)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        line = {"step": step, "pairs_per_s": round(self.pairs_per_s, 1), **values}
+        self._lines.write(line)
+        for tracker in self._trackers:
+            tracker(step, line)
+        self._display.describe(values)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._display.close()
+
+
+def _open_tracker(tracker: Tracker, directory: Path) -> Any:
+    """A function (step, values) of an optional library. Raises ValueError where the library is missing."""
+    try:
+        if tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(directory / "tensorboard"))
+            return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()]
+        import wandb  # type: ignore[import-not-found]
+
+        run = wandb.init(project="tinyclip", dir=str(directory), name=directory.name)
+        return lambda step, values: run.log(values, step=step)
+    except ImportError as error:
+        raise ValueError(f"trackers: {tracker} needs `pip install tinyclip[{tracker}]` ({error})") from error
+
+
+class _Display:
+    """A bar with pairs/s and the time left on a terminal; ten plain lines when piped."""
+
+    def __init__(self, title: str, done: int, total: int):
+        self._title, self._total, self._last_tenth, self._text = title, total, done * 10 // max(total, 1), ""
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[text]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, rate="", text="")
+            self._bar.start()
+
+    def advance(self, done: int, pairs_per_s: float) -> None:
+        rate = f"{pairs_per_s:,.0f} pairs/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=rate, text=self._text)
+        elif done * 10 // self._total > self._last_tenth:
+            self._last_tenth = done * 10 // self._total
+            print(f"{self._title}  {done}/{self._total}  {rate}  {self._text}", file=sys.stderr, flush=True)
+
+    def describe(self, values: Mapping[str, float]) -> None:
+        shown = ("affinity_kl", "contrastive", "feature", "sparsity", "target_sparsity")
+        self._text = "  ".join(f"{name} {values[name]:.3f}" for name in shown if name in values)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

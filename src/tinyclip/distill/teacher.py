@@ -1,0 +1,108 @@
+"""The model to imitate, frozen, behind one call.
+
+Shape legend: B pairs, L tokens, S side of the picture, T teacher embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyclip.data.loader import Reader
+from tinyclip.formats import checkpoint
+from tinyclip.formats.open_clip import TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
+from tinyclip.model import CLIP, unit
+from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    name: str
+    preprocess: Preprocess
+    tokenizer: Callable[[Sequence[str]], Tensor]  # texts -> int64 [B, L]
+    embed_dim: int
+    scale: float  # 1 / temperature
+    model: Any  # a CLIP, or a model of open_clip with the same encode_image and encode_text
+    teach_only: str | None = None  # why its weights cannot be inherited
+
+    @property
+    def clip(self) -> CLIP | None:
+        """The model where its weights can be inherited."""
+        return self.model if isinstance(self.model, CLIP) else None
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.preprocess, self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, in place."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S] and of token ids."""
+        if self.clip is not None:
+            return self.clip(pixels, tokens_BL)
+        return self.encode_image(pixels, normalize=True), self.encode_text(tokens_BL, normalize=True)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor, *, normalize: bool = False) -> Tensor:
+        """Embeddings [B, T] of uint8 pixels [B, 3, S, S]."""
+        image_BT = self.model.encode_image(self.preprocess.normalise(pixels))
+        return unit(image_BT) if normalize else image_BT
+
+    @torch.no_grad()
+    def encode_text(self, texts: Tensor | Sequence[str], *, normalize: bool = False) -> Tensor:
+        """Embeddings [B, T] of texts or of token ids [B, L]."""
+        tokens_BL = texts if isinstance(texts, Tensor) else self.tokenizer(texts).to(self.device)
+        if isinstance(self.tokenizer, Tokenizer):  # the data is cut after the longest caption; open_clip wants it whole
+            tokens_BL = F.pad(tokens_BL, (0, self.tokenizer.context_length - tokens_BL.shape[1]))
+        text_BT = self.model.encode_text(tokens_BL)
+        return unit(text_BT) if normalize else text_BT
+
+
+def load_teacher(spec: str) -> Teacher:
+    """A teacher in evaluation mode on the CPU, from a tinyclip model or run directory, or from open_clip:
+
+    open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:ViT-B-32-quickgelu/path/to/file.pt, hf-hub:ORGANISATION/MODEL or
+    local-dir:DIRECTORY. A ViT-CLIP becomes our CLIP, so that its weights can be inherited; any other only teaches.
+    Raises ValueError or FileNotFoundError, one line.
+    """
+    if spec.startswith(("open_clip:", "hf-hub:", "local-dir:")):
+        return _from_open_clip(spec)
+    clip = checkpoint.load(spec)
+    if clip.preprocess is None or clip.tokenizer is None:
+        raise ValueError(f"{spec}: a teacher needs preprocess.json and tokenizer.json beside its weights")
+    return _from_clip(spec, clip)
+
+
+def _from_clip(name: str, clip: CLIP) -> Teacher:
+    assert clip.preprocess is not None and clip.tokenizer is not None, "checked by the callers"
+    return Teacher(name, clip.preprocess, clip.tokenizer, clip.config.embed_dim, clip.scale.item(), clip)
+
+
+def _from_open_clip(spec: str) -> Teacher:
+    found = load_pretrained(spec.removeprefix("open_clip:"))
+    try:
+        config = config_from_open_clip(found.model_cfg)
+        if not isinstance(found.tokenizer, Tokenizer) or found.tokenizer.vocab_size != config.text.vocab_size:
+            raise TeachOnly("its captions are not read with CLIP's vocabulary")
+    except TeachOnly as reason:
+        model, embed_dim = found.model, found.model_cfg["embed_dim"]
+        return Teacher(
+            spec, found.preprocess, found.tokenizer, embed_dim, model.logit_scale.exp().item(), model, str(reason)
+        )
+    clip = from_open_clip(found.model.state_dict(), config, where=spec)
+    clip.preprocess, clip.tokenizer = found.preprocess, found.tokenizer
+    return _from_clip(spec, clip)
