@@ -1,0 +1,187 @@
+"""The command line: parse, call one function, print where the result is.
+
+A user's mistake is one line on stderr and exit status 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Make CLIP models small: weight inheritance and affinity mimicking, stage by stage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset (see `tinyclip recipes`) or a YAML file.")]
+RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run; an unfinished one is continued.")]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045  typer reads this annotation
+    typer.Option("--set", metavar="PATH=VALUE", help="Change a setting, e.g. stages.0.distill.lr=3e-4. Repeatable."),
+]
+DataOption = Annotated[Optional[str], typer.Option("--data", help="Training pairs: a path or a spec.")]  # noqa: UP045
+TeacherOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--teacher", help="open_clip:ARCH/TAG, hf-hub:..., local-dir:..., or a tinyclip directory."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def _main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def compress(
+    recipe: RecipeArgument,
+    run: RunOption,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Compress a teacher in stages: each inherits weights, then mimics the teacher's affinities."""
+    from tinyclip.compress import compress
+    from tinyclip.recipes import load_recipe
+
+    settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
+    print(compress(settings, run, say=_say))
+
+
+@app.command()
+def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_: SetOption = None) -> None:
+    """Train a CLIP from scratch with the contrastive loss: a teacher for small data, or a baseline."""
+    from tinyclip.compress import compress
+    from tinyclip.recipes import load_recipe
+
+    settings = load_recipe(recipe, data=data, changes=set_ or ())
+    if settings.teacher is not None:
+        raise ValueError(f"recipe {recipe}: names a teacher; use `tinyclip compress`")
+    print(compress(settings, run, say=_say))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage, model directory or checkpoint file.")],
+    retrieval: Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")] = None,  # noqa: UP045
+    zeroshot: Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")] = None,  # noqa: UP045
+    template: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Zero-shot template such as 'a photo of a {}.'. Repeatable."),
+    ] = None,
+    device: str = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Zero-shot accuracy and retrieval recall of a model."""
+    from tinyclip.compress import Evaluation
+    from tinyclip.compress import evaluate as evaluate_model
+    from tinyclip.device import pick_device, use_fast_cpu_products
+    from tinyclip.data.spec import DataSpec
+    from tinyclip.distill.teacher import load_teacher
+    from tinyclip.evaluate import DEFAULT_TEMPLATES
+
+    if retrieval is None and zeroshot is None:
+        raise ValueError("evaluate: expected --retrieval DATA, --zeroshot DATA or both")
+    wanted = Evaluation(
+        retrieval=retrieval and DataSpec.parse(retrieval),
+        zeroshot=zeroshot and DataSpec.parse(zeroshot),
+        templates=tuple(template or DEFAULT_TEMPLATES),
+    )
+    use_fast_cpu_products()
+    scores = evaluate_model(load_teacher(model).to(pick_device(device)), wanted)
+    if as_json:
+        print(json.dumps(scores, indent=2))
+        return
+    table = Table("score", "value", title=model)
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
+    Console().print(table)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage, model directory or checkpoint file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Parameters, MACs and the shape of every layer, counted from the config."""
+    from tinyclip.evaluate import describe
+    from tinyclip.formats.checkpoint import load
+
+    facts = describe(load(model).config)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table("", "image", "text", title=model)
+    for row in ("parameters", "macs", "width", "head_dim"):
+        table.add_row(row, *(f"{facts[f'{tower}_{row}']:,}" for tower in ("image", "text")))
+    for row in ("heads", "ffn"):
+        table.add_row(f"{row} per layer", *(" ".join(map(str, facts[f"{t}_{row}"])) for t in ("image", "text")))  # type: ignore[call-overload]
+    table.add_row("token embedding", "", f"{facts['token_embedding_parameters']:,} parameters")
+    table.add_row("reads", f"{facts['image_size']} px, patches of {facts['patch_size']}", f"{facts['context_length']} tokens")
+    Console().print(table)
+    Console().print(
+        f"{facts['parameters']:,} parameters, {facts['size_mb']:.1f} MB in fp32, "
+        f"embedding {facts['embed_dim']}, {facts['activation']}",
+        highlight=False,
+    )
+
+
+@app.command()
+def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this preset as YAML.")] = None) -> None:  # noqa: UP045
+    """List the presets, or print one as YAML to keep and edit."""
+    import inspect as python_inspect
+
+    import yaml
+
+    from tinyclip.recipes import PRESETS, load_recipe
+
+    if name is not None:
+        recipe = load_recipe(name, teacher="TEACHER", data="DATA")
+        print(f"# {python_inspect.getdoc(PRESETS[name])}".replace("\n", "\n# ").replace("# \n", "#\n"))
+        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False), end="")
+        return
+    for preset in PRESETS.values():
+        first_line = (preset.__doc__ or "").splitlines()[0]
+        print(f"{preset.__name__:16} {first_line}")
+
+
+@app.command()
+def demo(run: RunOption = Path("runs/demo")) -> None:
+    """The whole story on built-in pictures: teacher, compression to 25 % two ways, baseline, one table. Minutes on a CPU."""
+    from tinyclip.demo import demo
+
+    demo(run, say=_say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point of the `tinyclip` command."""
+    from tinyclip.distill.train import Interrupted
+
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        app()
+    except Interrupted as stop:
+        print(f"tinyclip: {stop}; continue with: {' '.join(sys.argv)}", file=sys.stderr)
+        sys.exit(130 if stop.signal_number == signal.SIGINT else 0)
+    except KeyboardInterrupt:
+        print("tinyclip: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"tinyclip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

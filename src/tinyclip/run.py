@@ -1,0 +1,104 @@
+"""What a run leaves on disk, and how a second call finds it again.
+
+    RUN/recipe.yaml         the resolved recipe; a run continues only under the same one
+    RUN/teacher.json        the teacher's scores and cost
+    RUN/0-NAME/             a stage: model/ (loadable), keep.json (what survived), stage.json (scores, cost; written last)
+    RUN/0-NAME/masks/       metrics.jsonl and skipped.jsonl of mask learning; while it runs, checkpoint.pt
+    RUN/0-NAME/distill/     the same of distillation
+    RUN/model/              the last stage's model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinyclip.distill.teacher import Teacher
+from tinyclip.distill.train import Outcome
+from tinyclip.evaluate import cost
+from tinyclip.formats import checkpoint
+from tinyclip.model import CLIP
+
+
+def claim(run_dir: Path, settings: dict[str, Any]) -> None:
+    """Write recipe.yaml, or raise ValueError where the directory holds something else than this recipe's run."""
+    path = run_dir / "recipe.yaml"
+    if path.exists():
+        changed = difference(yaml.safe_load(path.read_text(encoding="utf-8")), settings)
+        if changed:
+            raise ValueError(f"{run_dir} holds a run of another recipe; changed: {'; '.join(changed)}")
+        return
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"{run_dir}: expected a new directory or a run to continue, found neither (no recipe.yaml)")
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def difference(before: Any, after: Any, name: str = "") -> list[str]:
+    """`path: before -> after` of every setting that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = before | after
+        return [line for k in keys for line in difference(before.get(k), after.get(k), f"{name}.{k}".strip("."))]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [line for i, (a, b) in pairs for line in difference(a, b, f"{name}.{i}")]
+    return [] if before == after else [f"{name}: {before} -> {after}"]
+
+
+def record_teacher(run_dir: Path, teacher: Teacher, scores: Callable[[], dict[str, float]]) -> None:
+    """Write what the students are held against, once."""
+    path = run_dir / "teacher.json"
+    if path.exists():
+        return
+    record: dict[str, Any] = {"name": teacher.name, "scores": scores()}
+    if teacher.clip is not None:
+        record["cost"] = asdict(cost(teacher.clip.config))
+    write_text(path, json.dumps(record, indent=2))
+
+
+def is_complete(stage_dir: Path) -> bool:
+    return (stage_dir / "stage.json").exists()
+
+
+def complete(stage_dir: Path, student: CLIP, outcome: Outcome, scores: dict[str, float]) -> dict[str, Any]:
+    """Save the stage's model, then stage.json, then drop what only an unfinished stage needs."""
+    result = {"scores": scores, "cost": asdict(cost(student.config)), "training": outcome._asdict()}
+    checkpoint.save(student, stage_dir / "model")
+    write_text(stage_dir / "stage.json", json.dumps(result, indent=2))
+    for phase in ("masks", "distill"):
+        (stage_dir / phase / "checkpoint.pt").unlink(missing_ok=True)
+    shutil.rmtree(stage_dir / "shrunk", ignore_errors=True)
+    return result
+
+
+def finish(run_dir: Path, student: CLIP) -> Path:
+    if not (run_dir / "model").exists():
+        checkpoint.save(student, run_dir / "model")
+    return run_dir / "model"
+
+
+def results(run_dir: Path) -> list[dict[str, Any]]:
+    """stage.json of every complete stage, in order, each with its `name`."""
+    stages = sorted(run_dir.glob("*/stage.json"), key=lambda path: int(path.parent.name.split("-")[0]))
+    return [{"name": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))} for path in stages]
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line for people."""
+    macs = result["cost"]["image_macs"] + result["cost"]["text_macs"]
+    scores = [f"{name} {share:.1%}" for name, share in result["scores"].items() if name.endswith(("@1", "top1"))]
+    return "  ".join([f"{result['cost']['parameters']:,} parameters", f"{macs / 1e6:,.1f} MMACs", *scores])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: written beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
