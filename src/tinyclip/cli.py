@@ -23,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset (see `tinyclip recipes`) or a YAML file.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A preset (see `tinyclip recipes`) or a YAML file.")
+]
 RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run; an unfinished one is continued.")]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads this annotation
@@ -85,16 +87,16 @@ def evaluate(
     """Zero-shot accuracy and retrieval recall of a model."""
     from tinyclip.compress import Evaluation
     from tinyclip.compress import evaluate as evaluate_model
-    from tinyclip.device import pick_device, use_fast_cpu_products
     from tinyclip.data.spec import DataSpec
+    from tinyclip.device import pick_device, use_fast_cpu_products
     from tinyclip.distill.teacher import load_teacher
     from tinyclip.evaluate import DEFAULT_TEMPLATES
 
     if retrieval is None and zeroshot is None:
         raise ValueError("evaluate: expected --retrieval DATA, --zeroshot DATA or both")
     wanted = Evaluation(
-        retrieval=retrieval and DataSpec.parse(retrieval),
-        zeroshot=zeroshot and DataSpec.parse(zeroshot),
+        retrieval=DataSpec.parse(retrieval) if retrieval is not None else None,
+        zeroshot=DataSpec.parse(zeroshot) if zeroshot is not None else None,
         templates=tuple(template or DEFAULT_TEMPLATES),
     )
     use_fast_cpu_products()
@@ -127,7 +129,9 @@ def inspect(
     for row in ("heads", "ffn"):
         table.add_row(f"{row} per layer", *(" ".join(map(str, facts[f"{t}_{row}"])) for t in ("image", "text")))  # type: ignore[call-overload]
     table.add_row("token embedding", "", f"{facts['token_embedding_parameters']:,} parameters")
-    table.add_row("reads", f"{facts['image_size']} px, patches of {facts['patch_size']}", f"{facts['context_length']} tokens")
+    table.add_row(
+        "reads", f"{facts['image_size']} px, patches of {facts['patch_size']}", f"{facts['context_length']} tokens"
+    )
     Console().print(table)
     Console().print(
         f"{facts['parameters']:,} parameters, {facts['size_mb']:.1f} MB in fp32, "
@@ -157,7 +161,7 @@ def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this prese
 
 @app.command()
 def demo(run: RunOption = Path("runs/demo")) -> None:
-    """The whole story on built-in pictures: teacher, compression to 25 % two ways, baseline, one table. Minutes on a CPU."""
+    """The whole story on built-in pictures: a teacher, two ways to 25 %, their baselines, one table."""
     from tinyclip.demo import demo
 
     demo(run, say=_say)

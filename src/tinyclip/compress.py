@@ -13,7 +13,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -115,8 +115,8 @@ def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = prin
     source = open_source(recipe.data.train)
     teacher = load_teacher(recipe.teacher).to(device) if recipe.teacher is not None else None
     student = starting_point(recipe, teacher, source).to(device)
-    reference_params = student.config.prunable_params
     check_rules(recipe, student)
+    setup = Setup(recipe, source, teacher, student.config.prunable_params, say)
     run.claim(run_dir, recipe.model_dump(mode="json"))
     if teacher is not None:
         run.record_teacher(run_dir, teacher, lambda: evaluate(teacher, recipe.evaluation))
@@ -127,7 +127,7 @@ def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = prin
             student = checkpoint.load(stage_dir, device=str(device))
             continue
         seed = recipe.seed * 1000 + 2 * index
-        student = shrink(student, stage, stage_dir, source, recipe, teacher, reference_params, seed, say)
+        student = shrink(student, stage, stage_dir, setup, seed)
         outcome = train(
             student,
             source,
@@ -143,6 +143,16 @@ def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = prin
     return run.finish(run_dir, student)
 
 
+class Setup(NamedTuple):
+    """What stays the same through a run."""
+
+    recipe: Recipe
+    source: Source
+    teacher: Teacher | None
+    reference_params: int  # prunable parameters of the starting model, which keep_params are shares of
+    say: Callable[[str], None]
+
+
 def starting_point(recipe: Recipe, teacher: Teacher | None, source: Source) -> CLIP:
     """The model that the first stage shrinks. Raises ValueError where a teacher's weights cannot be inherited."""
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -151,16 +161,16 @@ def starting_point(recipe: Recipe, teacher: Teacher | None, source: Source) -> C
             return from_scratch(scratch, source, generator)
         case Like(like=path):
             model = checkpoint.load(path)
-            return initialise(
-                CLIP(model.config, preprocess=model.preprocess, tokenizer=model.tokenizer), generator
-            )
+            return initialise(CLIP(model.config, preprocess=model.preprocess, tokenizer=model.tokenizer), generator)
         case str() as spec:
             start = load_teacher(spec)
         case None:
             assert teacher is not None, "a recipe has a teacher or a start"
             start = teacher
     if start.clip is None:
-        raise ValueError(f"{start.name} can only teach: its weights do not fit our towers; name another model as `start`")
+        raise ValueError(
+            f"{start.name} can only teach: its weights do not fit our towers; name another model as `start`"
+        )
     return copy.deepcopy(start.clip)
 
 
@@ -177,53 +187,49 @@ def from_scratch(scratch: Scratch, source: Source, generator: torch.Generator) -
     return initialise(CLIP(config, preprocess=preprocess, tokenizer=tokenizer), generator)
 
 
-def shrink(
-    student: CLIP,
-    stage: Stage,
-    stage_dir: Path,
-    source: Source,
-    recipe: Recipe,
-    teacher: Teacher | None,
-    reference_params: int,
-    seed: int,
-    say: Callable[[str], None],
-) -> CLIP:
+def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int) -> CLIP:
     """The stage's smaller student, before it is distilled; kept in stage_dir/shrunk, so a second call finds it."""
-    shrunk = stage_dir / "shrunk"
-    if stage.shrink is None:
+    shrunk, rule = stage_dir / "shrunk", stage.shrink
+    if rule is None:
         return student
     if (shrunk / "config.json").exists():
         return checkpoint.load(shrunk, device=str(student.device))
-    budget = int(stage.shrink.keep_params * reference_params) if stage.shrink.keep_params else None
-    match stage.shrink:
-        case Inherit() as rule:
-            keep = choose(student, rule, budget)
-            small = take(student, keep)
-        case LearnMasks() as rule:
-            assert stage.while_masking is not None and budget is not None, "checked by Stage"
-            gates = HardConcreteGates(student.config, rule.initial_log_alpha).to(student.device)
-            num_steps = stage.while_masking.num_steps(max(1, len(source) // stage.while_masking.batch_size))
-            constraint = SizeConstraint(
-                rule,
-                reference_params=reference_params,
-                current_params=student.config.prunable_params,
-                steps=num_steps,
-            ).to(student.device)
-            train(
-                student,
-                source,
-                recipe.data,
-                stage.while_masking,
-                stage_dir / "masks",
-                teacher=teacher,
-                masking=Masking(gates, constraint, rule),
-                seed=seed,
-            )
-            keep = survivors(gates, budget)
-            small = take(fold(student, gates.values(keep)), keep)
-    say(f"{stage_dir.name}: {keep.describe(student.config)}")
+    budget_params = int(rule.keep_params * setup.reference_params) if rule.keep_params else None
+    if isinstance(rule, Inherit):
+        keep = choose(student, rule, budget_params)
+        small = take(student, keep)
+    else:
+        assert budget_params is not None and stage.while_masking is not None, "checked by Stage"
+        gates = learn_masks(student, rule, stage.while_masking, stage_dir / "masks", setup, seed)
+        keep = survivors(gates, budget_params)
+        small = take(fold(student, gates.values(keep)), keep)
+    setup.say(f"{stage_dir.name}: {keep.describe(student.config)}")
     run.write_text(stage_dir / "keep.json", keep.model_dump_json())
     return checkpoint.load(checkpoint.save(small, shrunk), device=str(student.device))
+
+
+def learn_masks(
+    student: CLIP, rule: LearnMasks, config: TrainConfig, directory: Path, setup: Setup, seed: int
+) -> HardConcreteGates:
+    """Train the student and its gates under the size constraint."""
+    gates = HardConcreteGates(student.config, rule.initial_log_alpha).to(student.device)
+    constraint = SizeConstraint(
+        rule,
+        reference_params=setup.reference_params,
+        current_params=student.config.prunable_params,
+        steps=config.num_steps(max(1, len(setup.source) // config.batch_size)),
+    ).to(student.device)
+    train(
+        student,
+        setup.source,
+        setup.recipe.data,
+        config,
+        directory,
+        teacher=setup.teacher,
+        masking=Masking(gates, constraint, rule),
+        seed=seed,
+    )
+    return gates
 
 
 def check_rules(recipe: Recipe, student: CLIP) -> None:

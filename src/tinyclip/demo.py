@@ -79,7 +79,15 @@ def summarise(run_dir: Path) -> list[dict[str, object]]:
 def table(rows: list[dict[str, object]]) -> Table:
     grid = Table(title="tinyclip demo: held-out pictures")
     grid.add_column("model")
-    for column in ("parameters", "MMACs", "zero-shot", "image to text R@1", "text to image R@1", "retention", "pairs/s"):
+    for column in (
+        "parameters",
+        "MMACs",
+        "zero-shot",
+        "image to text R@1",
+        "text to image R@1",
+        "retention",
+        "pairs/s",
+    ):
         grid.add_column(column, justify="right")
     for row in rows:
         shares = (f"{row[name]:.1%}" for name in (*SCORES, "retention"))

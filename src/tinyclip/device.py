@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -208,7 +208,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate_H: Tensor | None = None) -> Tensor:
         B, L, _ = x_BLD.shape
         qkv = self.qkv(self.norm(x_BLD, width_D)).view(B, L, 3, self.heads, self.head_dim)
-        y_BHLK = attend(*qkv.permute(2, 0, 3, 1, 4).unbind(0), self.causal)
+        q_BHLK, k_BHLK, v_BHLK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y_BHLK = attend(q_BHLK, k_BHLK, v_BHLK, self.causal)
         if gate_H is not None:
             y_BHLK = y_BHLK * gate_H[:, None, None].to(y_BHLK.dtype)
         return self.out(y_BHLK.transpose(1, 2).reshape(B, L, self.heads * self.head_dim))
@@ -383,7 +384,7 @@ class CLIP(nn.Module):
         config = self.config.text
         if texts.ndim != 2 or texts.shape[1] > config.context_length:
             raise ValueError(f"expected token ids [B, L <= {config.context_length}], got shape {tuple(texts.shape)}")
-        if texts.numel() and not (0 <= int(texts.min()) and int(texts.max()) < config.vocab_size):
+        if texts.numel() and not (int(texts.min()) >= 0 and int(texts.max()) < config.vocab_size):
             raise ValueError(
                 f"expected token ids in [0, {config.vocab_size}), got {int(texts.min())} to {int(texts.max())}"
             )

@@ -1,11 +1,11 @@
 """What a run leaves on disk, and how a second call finds it again.
 
-    RUN/recipe.yaml         the resolved recipe; a run continues only under the same one
-    RUN/teacher.json        the teacher's scores and cost
-    RUN/0-NAME/             a stage: model/ (loadable), keep.json (what survived), stage.json (scores, cost; written last)
-    RUN/0-NAME/masks/       metrics.jsonl and skipped.jsonl of mask learning; while it runs, checkpoint.pt
-    RUN/0-NAME/distill/     the same of distillation
-    RUN/model/              the last stage's model
+RUN/recipe.yaml         the resolved recipe; a run continues only under the same one
+RUN/teacher.json        the teacher's scores and cost
+RUN/0-NAME/             a stage: model/ (loadable), keep.json (what survived), stage.json (scores, cost; written last)
+RUN/0-NAME/masks/       metrics.jsonl and skipped.jsonl of mask learning; while it runs, checkpoint.pt
+RUN/0-NAME/distill/     the same of distillation
+RUN/model/              the last stage's model
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from random import Random
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -136,7 +137,7 @@ class PairLoader:
         caption = random.choice(captions)
         image = self.source.image(index)
         if self.crop_scale == (1, 1):
-            return caption, {i: self.readers[i].preprocess(image) for i in set(self._pixels_from)}
+            return caption, {i: _whole(self.readers[i].preprocess, image) for i in set(self._pixels_from)}
         box = crop_box(image.size, self.crop_scale, random)
         return caption, {i: self.readers[i].preprocess.crop(image, box) for i in set(self._pixels_from)}
 
@@ -162,7 +163,7 @@ class EvalBatches:
         indices, pixels, skipped = [], [], []
         for index in range(start, min(start + self.batch_size, len(self.source))):
             try:
-                pixels.append(self.preprocess(self.source.image(index)))
+                pixels.append(_whole(self.preprocess, self.source.image(index)))
                 indices.append(index)
             except BadItem as error:
                 skipped.append((self.source.key(index), str(error)))
@@ -183,9 +184,17 @@ def crop_box(size: tuple[int, int], scale: tuple[float, float], random: Random) 
     aspect = math.exp(random.uniform(*map(math.log, ASPECTS)))
     aspect = min(max(aspect, share * width / height), width / height / share)
     box_width, box_height = math.sqrt(share * width * height * aspect), math.sqrt(share * width * height / aspect)
+    box_width, box_height = min(box_width, width), min(box_height, height)  # rounding can exceed them by an ulp
     left, top = random.random() * (width - box_width), random.random() * (height - box_height)
-    left, top = max(left, 0.0), max(top, 0.0)  # rounding can make the box wider than the picture by an ulp
-    return left, top, left + box_width, top + box_height
+    return left, top, min(left + box_width, width), min(top + box_height, height)
+
+
+def _whole(preprocess: Preprocess, image: Image.Image) -> Tensor:
+    """The evaluation view, uint8 [3, S, S]. Raises BadItem for a picture that is hardly more than a line."""
+    try:
+        return preprocess(image)
+    except ValueError as error:
+        raise BadItem(str(error)) from None
 
 
 def _tokenize(tokenizer: Callable[[Sequence[str]], Tensor], captions: list[str]) -> Tensor:

@@ -54,9 +54,7 @@ def affinity_loss(
     return _InBatchCrossEntropy.apply(image_BE, text_BE, _as_scale(scale, image_BE), teacher, rows_per_chunk)
 
 
-def contrastive_loss(
-    image_BE: Tensor, text_BE: Tensor, scale: Tensor | float, *, rows_per_chunk: int = 1024
-) -> Tensor:
+def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor | float, *, rows_per_chunk: int = 1024) -> Tensor:
     """CLIP's loss: the cross-entropy of each pair against the rest of the batch, both directions averaged."""
     return _InBatchCrossEntropy.apply(image_BE, text_BE, _as_scale(scale, image_BE), None, rows_per_chunk)[0]
 
@@ -66,7 +64,7 @@ def _as_scale(scale: Tensor | float, like: Tensor) -> Tensor:
 
 
 class _InBatchCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy from target rows (the teacher's affinities, or the identity) to the student's, both directions.
+    """Mean cross-entropy from target rows (the teacher's, or the identity) to the student's, in both directions.
 
     With p, q the row and column softmax of the student's scores s, and P, Q the teacher's:
     2 B loss = -sum_ij (P log p + Q log q)_ij,  and  2 B d loss / d s = p + q - P - Q.

@@ -16,7 +16,7 @@ Tracker = Literal["tensorboard", "wandb"]
 
 
 class JsonLines:
-    """Appends {"step": ..., ...} lines to `path`. Lines of `start_step` and later, left by a killed run, are dropped."""
+    """Appends {"step": ..., ...} to `path`. Lines of `start_step` and later, left by a killed run, are dropped."""
 
     def __init__(self, path: Path, *, start_step: int):
         if path.exists():

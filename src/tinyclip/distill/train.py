@@ -169,7 +169,9 @@ def train(
                 if last:
                     break
                 if stop:
-                    raise Interrupted(f"stopped after step {step + 1} of {num_steps}, state saved in {directory}", stop[0])
+                    raise Interrupted(
+                        f"stopped after step {step + 1} of {num_steps}, state saved in {directory}", stop[0]
+                    )
     finally:
         metrics.close()
         skipped.close()
@@ -223,7 +225,7 @@ class _State:
         os.replace(unfinished, path)
 
     def resume(self, path: Path) -> None:
-        """Continue from `path` if it is there. Raises ValueError for another phase's or another version's checkpoint."""
+        """Continue from `path` if it is there. Raises ValueError for a checkpoint of other settings."""
         if not path.exists():
             return
         content = torch.load(path, map_location=self.student.device, weights_only=True)

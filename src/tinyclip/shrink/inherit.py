@@ -130,7 +130,7 @@ def _default_ffn(rule: TowerRule, config: TowerConfig, shape: BlockConfig) -> in
 
 
 def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Literal["width", "layers"]) -> TowerRule:
-    """The rule with its sizes filled in: at most `share` of the tower's prunable parameters, less than a neuron a block.
+    """The rule with its sizes filled in: `share` of the tower's prunable parameters, less at most a neuron a block.
 
     Of all widths (or depths) that can hold the budget, the one whose ratio of neurons to width changes least.
     """

@@ -112,7 +112,7 @@ class Keep(Config):
 
 @torch.no_grad()
 def take(model: CLIP, keep: Keep) -> CLIP:
-    """A new, smaller model with copies of the surviving weights, on the same device. Raises ValueError for a bad keep."""
+    """A smaller model with copies of the surviving weights, on the same device. Raises ValueError for a bad keep."""
     with torch.device("meta"):
         small = CLIP(keep.shrink(model.config), preprocess=model.preprocess, tokenizer=model.tokenizer)
     weights = {"logit_scale": model.logit_scale.clone()}

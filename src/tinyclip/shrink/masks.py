@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -190,77 +190,70 @@ class SizeConstraint(nn.Module):
         self.quadratic += self.rule.multiplier_lr * gap.square()
 
 
-class _Candidate(NamedTuple):
-    log_alpha: float
-    cost: int
-    tower: str
-    block: int
-    index: int
-
-
 @torch.no_grad()
 def survivors(gates: HardConcreteGates, budget_params: int) -> Keep:
-    """The indices that meet the budget: at most `budget_params` prunable parameters, less than one neuron below it.
+    """The indices that meet the budget: at most `budget_params` prunable parameters, less than a neuron below it.
 
-    Width and heads: the expected number of each, the largest log_alpha first. FFN neurons of both towers then fill the
-    budget, the largest log_alpha first. Where heads alone exceed it, the weakest heads go; where all neurons fit and
-    something is left, the best closed heads return. Raises ValueError where not even the width's biases fit.
+    Of each gate vector survive as many as are expected to be open, the largest log_alpha first, after one common shift
+    of all log_alphas that brings the size down to the budget (none is needed where the constraint was met). FFN neurons
+    then fill what rounding left, and heads where every neuron is in. Raises ValueError where nothing fits.
     """
-    config = gates.config
-    kept_width: dict[str, list[int]] = {}
-    open_heads: list[_Candidate] = []
-    closed_heads: list[_Candidate] = []
-    neurons: list[_Candidate] = []
-    left = budget_params
-    for tower, parts, tower_config in (("image", gates.image, config.image), ("text", gates.text, config.text)):
-        width = kept_width[tower] = _most_open(parts.width_D)
-        head_cost, neuron_cost = tower_config.head_dim * (4 * len(width) + 3), 2 * len(width) + 1
-        left -= 2 * len(width) * len(tower_config.blocks)
-        for block, log_alpha in enumerate(parts.heads):
-            chosen = set(_most_open(log_alpha, at_least=0))
-            for index, a in enumerate(log_alpha.tolist()):
-                (open_heads if index in chosen else closed_heads).append(_Candidate(a, head_cost, tower, block, index))
-        for block, log_alpha in enumerate(parts.ffn):
-            neurons += [_Candidate(a, neuron_cost, tower, block, index) for index, a in enumerate(log_alpha.tolist())]
-    if left < 0:
-        raise ValueError(
-            f"keep_params: a budget of {budget_params} parameters is below the {budget_params - left} biases that "
-            f"widths {len(kept_width['image'])} and {len(kept_width['text'])} keep; ask for more"
-        )
-    heads: list[_Candidate] = []
-    kept_neurons: list[_Candidate] = []
-    for candidates, chosen in ((open_heads, heads), (neurons, kept_neurons), (closed_heads, heads)):
-        for candidate in sorted(candidates, reverse=True):
-            if candidate.cost <= left:
-                chosen.append(candidate)
-                left -= candidate.cost
+    config, low, high = gates.config, -40.0, 40.0
+    if _expected_keep(gates, high).shrink(config).prunable_params > budget_params:
+        smallest = _expected_keep(gates, high).shrink(config).prunable_params
+        raise ValueError(f"keep_params: {budget_params} parameters are below the {smallest} of the smallest cut")
+    for _ in range(60):  # the size falls with the shift
+        middle = (low + high) / 2
+        fits = _expected_keep(gates, middle).shrink(config).prunable_params <= budget_params
+        low, high = (low, middle) if fits else (middle, high)
+    return _fill(_expected_keep(gates, high), gates, budget_params)
 
-    def tower_keep(tower: str, tower_config: TowerConfig) -> TowerKeep:
-        def per_block(chosen: list[_Candidate]) -> tuple[tuple[int, ...], ...]:
-            mine = [c for c in chosen if c.tower == tower]
-            return tuple(
-                tuple(sorted(c.index for c in mine if c.block == block)) for block in range(len(tower_config.blocks))
-            )
 
+def _expected_keep(gates: HardConcreteGates, shift: float) -> Keep:
+    def most_open(log_alpha: Tensor, at_least: int = 0) -> tuple[int, ...]:
+        count = max(at_least, len(log_alpha) - expected_zeros(log_alpha - shift))
+        return tuple(sorted(log_alpha.topk(count).indices.tolist()))
+
+    def tower(log_alpha: TowerLogAlpha) -> TowerKeep:
         return TowerKeep(
-            blocks=tuple(range(len(tower_config.blocks))),
-            width=tuple(kept_width[tower]),
-            heads=per_block(heads),
-            ffn=per_block(kept_neurons),
+            blocks=tuple(range(len(log_alpha.heads))),
+            width=most_open(log_alpha.width_D, at_least=1),
+            heads=tuple(map(most_open, log_alpha.heads)),
+            ffn=tuple(map(most_open, log_alpha.ffn)),
         )
 
-    return Keep(image=tower_keep("image", config.image), text=tower_keep("text", config.text))
-
-
-def _most_open(log_alpha: Tensor, at_least: int = 1) -> list[int]:
-    """As many indices as gates are expected to be open, the largest log_alpha first."""
-    count = max(at_least, len(log_alpha) - expected_zeros(log_alpha))
-    return sorted(log_alpha.topk(count).indices.tolist())
+    return Keep(image=tower(gates.image), text=tower(gates.text))
 
 
 def expected_zeros(log_alpha: Tensor) -> int:
     """Expected number of closed gates, rounded."""
     return round((len(log_alpha) - open_probability(log_alpha.double()).sum()).item())
+
+
+def _fill(keep: Keep, gates: HardConcreteGates, budget_params: int) -> Keep:
+    """Add closed neurons, then closed heads, the largest log_alpha first, while they fit."""
+    left = budget_params - keep.shrink(gates.config).prunable_params
+    for part in ("ffn", "heads"):
+        closed: list[tuple[float, int, str, int, int]] = []
+        for tower in ("image", "text"):
+            width, head_dim = len(getattr(keep, tower).width), getattr(gates.config, tower).head_dim
+            cost = 2 * width + 1 if part == "ffn" else head_dim * (4 * width + 3)
+            for block, log_alpha in enumerate(getattr(getattr(gates, tower), part)):
+                kept = set(getattr(getattr(keep, tower), part)[block])
+                closed += [(a, cost, tower, block, i) for i, a in enumerate(log_alpha.tolist()) if i not in kept]
+        added: dict[tuple[str, int], list[int]] = {}
+        for _, cost, tower, block, index in sorted(closed, reverse=True):
+            if cost <= left:
+                left -= cost
+                added.setdefault((tower, block), []).append(index)
+        for tower in ("image", "text"):
+            tower_keep: TowerKeep = getattr(keep, tower)
+            grown = tuple(
+                tuple(sorted([*kept, *added.get((tower, block), ())]))
+                for block, kept in enumerate(getattr(tower_keep, part))
+            )
+            keep = keep.model_copy(update={tower: tower_keep.model_copy(update={part: grown})})
+    return keep
 
 
 @torch.no_grad()
@@ -278,20 +271,20 @@ def fold(model: CLIP, gates: Gates) -> CLIP:
 
 def _fold_tower(tower: ImageTower | TextTower, gates: TowerGates) -> None:
     width_D = gates.width_D
-    tower.position *= width_D
+    tower.position.mul_(width_D)
     if isinstance(tower, ImageTower):
-        tower.patch.weight *= width_D[:, None]
-        tower.class_embedding *= width_D
+        tower.patch.weight.mul_(width_D[:, None])
+        tower.class_embedding.mul_(width_D)
     else:
-        tower.token_embedding.weight *= width_D
+        tower.token_embedding.weight.mul_(width_D)
     for block, gate_H, gate_F in zip(tower.blocks, gates.heads, gates.ffn, strict=True):
         for branch in (block.attention, block.ffn):
             bias = branch.bias if isinstance(branch, OutputBias) else _output(branch).bias
-            bias *= width_D
+            bias.mul_(width_D)
         if isinstance(block.attention, Attention):
-            block.attention.out.weight *= width_D[:, None] * gate_H.repeat_interleave(block.attention.head_dim)
+            block.attention.out.weight.mul_(width_D[:, None] * gate_H.repeat_interleave(block.attention.head_dim))
         if isinstance(block.ffn, FeedForward):
-            block.ffn.down.weight *= width_D[:, None] * gate_F
+            block.ffn.down.weight.mul_(width_D[:, None] * gate_F)
 
 
 def _output(branch: Attention | FeedForward) -> nn.Linear:
