@@ -3,7 +3,7 @@
     python examples/emoji.py DATA/emoji-demo --run runs/emoji
 
 DATA/emoji-demo holds pairs.tsv (file, style, concept, name, keywords, split, ...) and images.zip. Training sees five
-styles of the concepts in split "train". Retrieval is over the sixth style of the same concepts: 1,511 unseen drawings,
+styles of the concepts in split "train". Retrieval is over the sixth style of the same concepts: 1,588 unseen drawings,
 each to be found by its name among all others.
 """
 
@@ -18,7 +18,11 @@ Study(
     options.run,
     data=DataConfig(
         train=pairs(
-            table, images="images.zip", caption="{name}, {keywords}", sep="|", where="split=train;style!=noto;keywords!="
+            table,
+            images="images.zip",
+            caption="{name}, {keywords}",
+            sep="|",
+            where="split=train;style!=noto;keywords!=",
         ),
         crop_scale=(0.7, 1.0),
     ),

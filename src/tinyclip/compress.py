@@ -96,6 +96,12 @@ class Recipe(Config):
     def _consistent(self) -> Self:
         if self.teacher is None and self.start is None:
             raise ValueError("expected a teacher, a start, or both")
+        for stage in self.stages:
+            for phase in (stage.while_masking, stage.distill):
+                if self.teacher is None and phase is not None and phase.objective.needs_teacher:
+                    raise ValueError(
+                        f"stage {stage.name}: affinity and feature need a teacher; or contrastive=1, affinity=0"
+                    )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages: expected different names, got {', '.join(names)}")

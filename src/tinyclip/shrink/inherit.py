@@ -7,8 +7,12 @@ FFN takes what is left of the budget. Source: Wu et al., "TinyCLIP", ICCV 2023, 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from typing import Literal
+from functools import partial
+from itertools import product
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -91,42 +95,58 @@ def layer_map(choice: str | tuple[int, ...], layers: int, teacher_layers: int) -
     return tuple((2 * i * (teacher_layers - 1) + layers - 1) // (2 * (layers - 1)) for i in range(layers))  # rounded
 
 
-def _choose_tower(tower: ImageTower | TextTower, config: TowerConfig, rule: TowerRule, name: str) -> TowerKeep:
+class _Sizes(NamedTuple):
+    """What a rule leaves of one tower, before it is decided which channels, heads and neurons those are."""
+
+    layers: tuple[int, ...]  # of the model
+    width: int
+    blocks: tuple[BlockConfig, ...]
+
+    def num_params(self, head_dim: int) -> int:
+        return sum(block.num_params(self.width, head_dim) for block in self.blocks)
+
+
+def _sizes(config: TowerConfig, rule: TowerRule, name: str) -> _Sizes:
     listed = len(rule.layer_choice) if isinstance(rule.layer_choice, tuple) else None
-    layers = rule.layers or listed or len(config.blocks)
+    num_layers = rule.layers or listed or len(config.blocks)
     width = rule.width or config.width
-    for what, asked, there in (("layers", layers, len(config.blocks)), ("width", width, config.width)):
+    for what, asked, there in (("layers", num_layers, len(config.blocks)), ("width", width, config.width)):
         if asked > there:
             raise ValueError(f"{name} {what}: expected at most {there} (the model's), got {asked}")
     if rule.width and width % config.head_dim:
         raise ValueError(f"{name} width: expected a multiple of the head size {config.head_dim}, got {width}")
-    blocks = layer_map(rule.layer_choice, layers, len(config.blocks))
-    largest = rule.channels == "largest"
+    layers = layer_map(rule.layer_choice, num_layers, len(config.blocks))
+    for layer in layers:
+        if not 0 <= layer < len(config.blocks):
+            raise ValueError(f"{name} layer_choice: expected layers 0 to {len(config.blocks) - 1}, got {layer}")
+
+    def block(there: BlockConfig) -> BlockConfig:
+        """Without a size of its own the FFN shrinks with the width."""
+        heads = min(there.heads, width // config.head_dim) if rule.width else there.heads
+        return BlockConfig(heads=heads, ffn=min(there.ffn, rule.ffn or max(1, there.ffn * width // config.width)))
+
+    return _Sizes(layers, width, tuple(block(config.blocks[layer]) for layer in layers))
+
+
+def _choose_tower(tower: ImageTower | TextTower, config: TowerConfig, rule: TowerRule, name: str) -> TowerKeep:
+    sizes = _sizes(config, rule, name)
 
     def pick(score: Callable[[], Tensor], count: int, size: int) -> tuple[int, ...]:
-        if not largest or count >= size:
-            return tuple(range(min(count, size)))
+        if rule.channels == "leading" or count == size:
+            return tuple(range(count))
         return tuple(sorted(score().topk(count).indices.tolist()))
 
     heads, ffn = [], []
-    for index in blocks:
-        if not 0 <= index < len(config.blocks):
-            raise ValueError(f"{name} layer_choice: expected layers 0 to {len(config.blocks) - 1}, got {index}")
-        block, shape = tower.blocks[index], config.blocks[index]
-        num_heads = min(shape.heads, width // config.head_dim) if rule.width else shape.heads
-        heads.append(pick(lambda b=block: head_scores(b), num_heads, shape.heads))
-        ffn.append(pick(lambda b=block: neuron_scores(b), rule.ffn or _default_ffn(rule, config, shape), shape.ffn))
+    for layer, kept in zip(sizes.layers, sizes.blocks, strict=True):
+        block, there = tower.blocks[layer], config.blocks[layer]
+        heads.append(pick(partial(head_scores, block), kept.heads, there.heads))
+        ffn.append(pick(partial(neuron_scores, block), kept.ffn, there.ffn))
     return TowerKeep(
-        blocks=blocks,
-        width=pick(lambda: channel_scores(tower, blocks), width, config.width),
+        blocks=sizes.layers,
+        width=pick(partial(channel_scores, tower, sizes.layers), sizes.width, config.width),
         heads=tuple(heads),
         ffn=tuple(ffn),
     )
-
-
-def _default_ffn(rule: TowerRule, config: TowerConfig, shape: BlockConfig) -> int:
-    """Without a size of its own the FFN shrinks with the width."""
-    return max(1, shape.ffn * (rule.width or config.width) // config.width)
 
 
 def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Literal["width", "layers"]) -> TowerRule:
@@ -134,23 +154,29 @@ def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Li
 
     Of all widths (or depths) that can hold the budget, the one whose ratio of neurons to width changes least.
     """
-    K, num_layers = config.head_dim, len(config.blocks)
-    widths: Iterable[int] = [rule.width or config.width]
-    depths: Iterable[int] = [rule.layers or num_layers]
-    if vary == "width" and rule.width is None and config.width >= K:
-        widths = range(K, config.width + 1, K) if config.width % K == 0 else range(K, config.width, K)
+    K, num_layers, most_neurons = config.head_dim, len(config.blocks), max(block.ffn for block in config.blocks)
+    budget_params = int(share * config.prunable_params + 0.5)
+    widths: list[int | None] = [rule.width]
+    depths: list[int | None] = [rule.layers]
+    if vary == "width" and rule.width is None:
+        widths += range(K, config.width, K)
     if vary == "layers" and rule.layers is None and not isinstance(rule.layer_choice, tuple):
-        depths = range(1, num_layers + 1)
-    heads, ffn = max(b.heads for b in config.blocks), max(b.ffn for b in config.blocks)
-    budget = share * config.prunable_params
+        depths += range(1, num_layers)
     fits: list[tuple[float, TowerRule]] = []
-    for layers in depths:
-        for width in widths:
-            attention = BlockConfig(heads=min(heads, width // K), ffn=0).num_params(width, K)
-            neurons = rule.ffn or int((budget / layers - attention) // (2 * width + 1))
-            if 0 < neurons <= ffn and layers * (attention + neurons * (2 * width + 1)) <= budget * (1 + 1e-9):
-                change = abs(torch.tensor((neurons / width) / (ffn / config.width)).log().item())
-                fits.append((change, rule.model_copy(update={"layers": layers, "width": width, "ffn": neurons})))
+    for width, layers in product(widths, depths):
+
+        def sized(neurons: int, width: int | None = width, layers: int | None = layers) -> TowerRule:
+            return rule.model_copy(update={"width": width, "layers": layers, "ffn": neurons})
+
+        def too_large(neurons: int) -> bool:
+            return _sizes(config, sized(neurons), name).num_params(K) > budget_params
+
+        candidates = [rule.ffn] if rule.ffn else range(1, most_neurons + 1)
+        count = bisect_left(candidates, True, key=too_large)
+        if count:
+            neurons = candidates[count - 1]
+            change = abs(math.log(neurons / (width or config.width) * config.width / max(most_neurons, 1)))
+            fits.append((change, sized(neurons)))
     if not fits:
         raise ValueError(
             f"keep_params: no {name} tower of {num_layers} layers or fewer, width {config.width} or less and head "

@@ -1,0 +1,132 @@
+"""One phase: micro-batches give the whole batch's gradient, schedules by eye, bad steps are skipped, KL goes down."""
+
+import json
+
+import pytest
+import torch
+
+from tests.test_compress import CONTRASTIVE, DATA, phase
+from tinyclip.compress import Scratch, from_scratch
+from tinyclip.data.loader import Inputs
+from tinyclip.data.sources import open_source
+from tinyclip.distill.objective import total_loss
+from tinyclip.distill.teacher import load_teacher
+from tinyclip.distill.train import TrainConfig, _State, backward, train
+from tinyclip.formats import checkpoint
+from tinyclip.model import CLIP
+from tinyclip.shrink.masks import HardConcreteGates
+
+
+def tiny_clip(seed: int = 0) -> CLIP:
+    shape = Scratch(
+        embed_dim=12, image_size=32, patch_size=16, image_width=16, image_layers=2,
+        text_width=16, text_layers=2, head_dim=8, context_length=20, vocabulary=620,
+    )  # fmt: skip
+    return from_scratch(shape, open_source(DATA.train), torch.Generator().manual_seed(seed))
+
+
+def tiny_inputs(pairs: int = 7) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 600, (pairs, 9), generator=generator)
+    tokens[:, -1] = 619
+    return Inputs(torch.randint(0, 256, (pairs, 3, 32, 32), dtype=torch.uint8, generator=generator), tokens)
+
+
+def gradients(micro_batch_size, *, gated: bool, recompute: bool = False):
+    student = tiny_clip().double()
+    student.set_recompute(recompute)
+    gates_of = HardConcreteGates(student.config, 1.0).double()
+    gates = gates_of.sample(torch.Generator().manual_seed(0)) if gated else None
+    config = TrainConfig(steps=1, micro_batch_size=micro_batch_size)
+
+    def loss_of(image_BE, text_BE):
+        return total_loss(CONTRASTIVE, image_BE, text_BE, student.scale, None, None)
+
+    loss, _ = backward(student, tiny_inputs(), gates, loss_of, config)
+    named = [*student.named_parameters(), *(gates_of.named_parameters() if gated else ())]
+    return loss, {name: parameter.grad for name, parameter in named}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 6])  # 7 = 2 x 3 + 1 = 6 + 1: the last micro-batch is short
+def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch_size, gated):
+    loss, whole = gradients(None, gated=gated)
+    micro_loss, parts = gradients(micro_batch_size, gated=gated)
+    torch.testing.assert_close(micro_loss, loss, rtol=1e-12, atol=0)
+    for name, grad in whole.items():
+        torch.testing.assert_close(parts[name], grad, rtol=1e-9, atol=1e-13, msg=name)
+    assert whole["logit_scale"].abs() > 0
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    _, plain = gradients(None, gated=True)
+    _, recomputed = gradients(None, gated=True, recompute=True)
+    for name, grad in plain.items():
+        torch.testing.assert_close(recomputed[name], grad, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_the_learning_rate_by_eye():
+    config = TrainConfig(steps=10, lr=1.0, warmup_steps=4)
+    rates = [config.lr_at(step, 10) for step in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[7] == pytest.approx(0.5) and 0 < rates[9] < 0.1
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_only_matrices_decay():
+    state = _State(tiny_clip(), TrainConfig(steps=1, weight_decay=0.3), None, None)
+    decayed, rest = state.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.ndim >= 2 for p in decayed["params"])
+    assert rest["weight_decay"] == 0 and all(p.ndim < 2 for p in rest["params"])
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
+    student, source = tiny_clip(), open_source(DATA.train)
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    broken = torch.tensor(float("nan"))
+    monkeypatch.setattr(
+        "tinyclip.distill.train.total_loss", lambda *_: (student.logit_scale * broken, {"contrastive": broken})
+    )
+    outcome = train(student, source, DATA, phase(3, objective=CONTRASTIVE), tmp_path)
+    assert outcome.skipped_steps == 3 and outcome.steps == 3
+    assert all(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters())
+
+
+def test_a_run_that_only_yields_non_finite_steps_stops(tmp_path, monkeypatch):
+    student, source = tiny_clip(), open_source(DATA.train)
+    broken = torch.tensor(float("inf"))
+    monkeypatch.setattr("tinyclip.distill.train.total_loss", lambda *_: (student.logit_scale * broken, {}))
+    with pytest.raises(ValueError, match="diverged: the loss was not finite for 20 steps"):
+        train(student, source, DATA, phase(50, objective=CONTRASTIVE), tmp_path)
+
+
+def test_distillation_lowers_the_divergence_from_the_teacher(tmp_path):
+    teacher = load_teacher(str(checkpoint.save(tiny_clip(seed=0), tmp_path / "teacher")))
+    student, source = tiny_clip(seed=1), open_source(DATA.train)
+    train(student, source, DATA, phase(40, lr=3e-3), tmp_path / "run", teacher=teacher)
+    kl = [json.loads(line)["affinity_kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(kl) == 40 and sum(kl[-5:]) < 0.7 * sum(kl[:5])
+
+
+def test_the_teacher_as_student_starts_at_zero_divergence(tmp_path):
+    teacher = load_teacher(str(checkpoint.save(tiny_clip(), tmp_path / "teacher")))
+    train(tiny_clip(), open_source(DATA.train), DATA, phase(1), tmp_path / "run", teacher=teacher)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["affinity_kl"] == pytest.approx(0, abs=1e-5) and line["grad_norm"] < 1e-4
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    source = open_source(DATA.train)
+    train(tiny_clip(), source, DATA, phase(2, objective=CONTRASTIVE), tmp_path)
+    with pytest.raises(ValueError, match="written with other training settings"):
+        train(tiny_clip(), source, DATA, phase(3, objective=CONTRASTIVE), tmp_path)
+
+
+def test_bf16_keeps_similarities_and_weights_in_fp32(tmp_path):
+    student = tiny_clip()
+    train(student, open_source(DATA.train), DATA, phase(2, objective=CONTRASTIVE, precision="bf16"), tmp_path)
+    assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image_BE, text_BE = student(tiny_inputs().pixels, tiny_inputs().tokens)
+    assert image_BE.dtype == text_BE.dtype == torch.float32
+    torch.testing.assert_close(image_BE.norm(dim=-1), torch.ones(7), rtol=0, atol=1e-6)

@@ -1,0 +1,168 @@
+"""The story: stages leave loadable models within their budget, and a run that was cut off ends with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import tinyclip
+from tinyclip.compress import Evaluation, Like, Recipe, Scratch, Stage, compress
+from tinyclip.data.spec import DataSpec
+from tinyclip.distill.objective import Objective
+from tinyclip.distill.train import DataConfig, TrainConfig
+from tinyclip.run import results
+from tinyclip.shrink.inherit import Inherit
+from tinyclip.shrink.masks import LearnMasks
+
+DATA = DataConfig(train=DataSpec.parse("scenes?count=64"))
+EVALUATION = Evaluation(
+    retrieval=DataSpec.parse("scenes?split=heldout&count=16"), zeroshot=DataSpec.parse("scenes?split=classes&count=16")
+)
+CONTRASTIVE = Objective(affinity=0, contrastive=1)
+
+
+def phase(steps: int, **settings) -> TrainConfig:
+    return TrainConfig(steps=steps, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=2, **settings)
+
+
+def teacher_recipe() -> Recipe:
+    shape = Scratch(
+        embed_dim=16, image_size=32, patch_size=16, image_width=32, image_layers=2,
+        text_width=32, text_layers=2, head_dim=8, context_length=20, vocabulary=620,
+    )  # fmt: skip
+    stages = (Stage(name="train", distill=phase(3, objective=CONTRASTIVE)),)
+    return Recipe(start=shape, data=DATA, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    compress(teacher_recipe(), run, say=lambda _: None)
+    return run
+
+
+def student_recipe(teacher) -> Recipe:
+    return Recipe(
+        teacher=str(teacher),
+        data=DATA,
+        stages=(
+            Stage(name="auto-70", shrink=LearnMasks(keep_params=0.7), while_masking=phase(4), distill=phase(4)),
+            Stage(name="manual-35", shrink=Inherit(keep_params=0.35), distill=phase(5)),
+        ),
+        evaluation=EVALUATION,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    run = tmp_path_factory.mktemp("student") / "run"
+    lines = []
+    compress(student_recipe(teacher), run, say=lines.append)
+    return run, lines
+
+
+def weights(run) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_every_stage_and_the_run_load_as_models_within_their_budget(finished, teacher):
+    run, _ = finished
+    whole = tinyclip.load(teacher).config.prunable_params
+    for directory, share in ((run / "0-auto-70", 0.7), (run / "1-manual-35", 0.35), (run, 0.35)):
+        model = tinyclip.load(directory)
+        assert model.config.prunable_params <= share * whole
+        assert model.encode_text(["a red ring"], normalize=True).norm().item() == pytest.approx(1, abs=1e-5)
+    auto = tinyclip.load(run / "0-auto-70").config
+    neuron = 2 * max(auto.image.width, auto.text.width) + 1
+    assert 0.7 * whole - auto.prunable_params < neuron + 1
+
+
+def test_a_stage_records_scores_cost_and_map_and_leaves_no_scaffolding(finished):
+    run, lines = finished
+    stages = results(run)
+    assert [stage["name"] for stage in stages] == ["0-auto-70", "1-manual-35"]
+    for stage in stages:
+        assert set(stage["scores"]) >= {"top1", "image_to_text_recall@1", "text_to_image_recall@5"}
+        assert stage["cost"]["parameters"] == sum(
+            parameter.numel() for parameter in tinyclip.load(run / stage["name"]).parameters()
+        )
+    assert not list(run.rglob("checkpoint.pt")) and not list(run.rglob("shrunk"))
+    assert len(json.loads((run / "0-auto-70" / "keep.json").read_text())["image"]["blocks"]) == 2
+    assert any("prunable parameters; image: layers" in line for line in lines)  # the map was printed
+    assert json.loads((run / "teacher.json").read_text())["cost"]["parameters"] > stages[0]["cost"]["parameters"]
+
+
+def test_a_finished_run_is_left_as_it_is(finished, teacher):
+    run, _ = finished
+    before, lines = weights(run), []
+    compress(student_recipe(teacher), run, say=lines.append)
+    assert weights(run) == before and lines == ["0-auto-70: complete", "1-manual-35: complete"]
+
+
+def test_a_run_directory_of_another_recipe_is_refused_with_the_difference(finished, teacher):
+    run, _ = finished
+    with pytest.raises(ValueError, match=r"changed: seed: 0 -> 1"):
+        compress(student_recipe(teacher).model_copy(update={"seed": 1}), run)
+
+
+COMMAND = [sys.executable, "-m", "tinyclip", "compress"]
+
+
+def start(recipe_file, run) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, str(recipe_file), "--run", str(run)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "after, stop, status",
+    [
+        ("0-auto-70/stage.json", signal.SIGKILL, -signal.SIGKILL),  # between the stages
+        ("0-auto-70/masks/checkpoint.pt", signal.SIGKILL, -signal.SIGKILL),  # while masks are learned
+        ("1-manual-35/distill/checkpoint.pt", signal.SIGINT, 130),  # while distilling
+    ],
+)
+def test_a_run_that_was_cut_off_continues_to_the_same_bits(finished, teacher, tmp_path, after, stop, status):
+    recipe_file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe_file.write_text(yaml.safe_dump(student_recipe(teacher).model_dump(mode="json")))
+    process = start(recipe_file, run)
+    wait_for(run / after, process)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors
+    assert not (run / "model").exists()
+    again = start(recipe_file, run)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert weights(run) == weights(finished[0])
+    for metrics in run.rglob("metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        assert steps == list(range(len(steps)))  # no line twice, none missing
+
+
+def test_a_random_start_can_take_the_shape_of_a_student(finished, tmp_path):
+    run, _ = finished
+    recipe = Recipe(
+        start=Like(like=str(run)), data=DATA, stages=(Stage(name="train", distill=phase(2, objective=CONTRASTIVE)),)
+    )
+    scratch = tinyclip.load(compress(recipe, tmp_path / "scratch"))
+    student = tinyclip.load(run)
+    assert scratch.config == student.config and scratch.tokenizer == student.tokenizer
+    assert not torch.equal(scratch.text.position, student.text.position)
+
+
+def test_an_objective_without_its_teacher_is_refused():
+    with pytest.raises(ValueError, match="stage train: affinity and feature need a teacher"):
+        Recipe(start=teacher_recipe().start, data=DATA, stages=(Stage(name="train", distill=phase(2)),))
