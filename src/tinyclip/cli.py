@@ -74,7 +74,9 @@ def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage, model directory or checkpoint file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, or open_clip:ARCH/TAG.")
+    ],
     retrieval: Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")] = None,  # noqa: UP045
     zeroshot: Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")] = None,  # noqa: UP045
     template: Annotated[
@@ -112,7 +114,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage, model directory or checkpoint file.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage or model directory.")],
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, MACs and the shape of every layer, counted from the config."""
@@ -150,6 +152,8 @@ def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this prese
     from tinyclip.recipes import PRESETS, load_recipe
 
     if name is not None:
+        if Path(name).is_file() and name not in PRESETS:
+            raise ValueError(f"recipes: expected a preset ({', '.join(PRESETS)}), got the file {name}")
         recipe = load_recipe(name, teacher="TEACHER", data="DATA")
         print(f"# {python_inspect.getdoc(PRESETS[name])}".replace("\n", "\n# ").replace("# \n", "#\n"))
         print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False), end="")
@@ -187,5 +191,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"tinyclip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
+        print(f"tinyclip: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

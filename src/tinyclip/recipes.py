@@ -6,7 +6,8 @@ A preset's docstring is its command and its cost. `tinyclip recipes NAME` prints
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -269,15 +270,18 @@ def load_recipe(
         settings = _preset(name, wanted)
     else:
         settings = _read_yaml(name)
-        if teacher is not None:
-            settings["teacher"] = teacher
-        if data is not None:
-            _set(settings, "data.train", data)
+    if teacher is not None:
+        settings["teacher"] = teacher
+    if data is not None:
+        _set(settings, "data.train", data)
     for change in changes:
         path, equals, value = change.partition("=")
-        if not equals:
+        if not path or not equals:
             raise ValueError(f"--set {change}: expected path=value, such as stages.0.distill.lr=3e-4")
-        _set(settings, path, yaml.safe_load(value))
+        try:
+            _set(settings, path, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {change}: not a YAML value: {' '.join(str(error).split())}") from None
     return parse(settings, name)
 
 
@@ -307,22 +311,20 @@ def _read_yaml(name: str) -> dict[str, Any]:
 
 
 def _set(settings: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
+    *parents, last = parts = path.split(".")
     target: Any = settings
-    for part in parents:
-        try:
-            if isinstance(target, list):
-                target = target[int(part)]
-            else:
-                target = target.setdefault(part, {}) if target.get(part) is None else target[part]
-        except (IndexError, ValueError, AttributeError):
-            raise ValueError(f"--set {path}: nothing at {part!r}") from None
-    if isinstance(target, list):
-        target[int(last)] = value
-    elif isinstance(target, dict):
-        target[last] = value
-    else:
-        raise ValueError(f"--set {path}: {parents[-1]} has no fields")
+    for depth, part in enumerate(parts):
+        if not isinstance(target, list | dict):
+            raise ValueError(f"--set {path}: {'.'.join(parts[:depth])} has no fields, it is {target!r}")
+        if isinstance(target, list) and part not in map(str, range(len(target))):
+            where = ".".join(parts[:depth])
+            raise ValueError(f"--set {path}: expected one of {where}.0 to {where}.{len(target) - 1}, got {part!r}")
+        if depth == len(parents):
+            break
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        target = target[int(part)] if isinstance(target, list) else target[part]
+    target[int(last) if isinstance(target, list) else last] = value
 
 
 def parse(settings: Any, name: str) -> Recipe:
@@ -330,16 +332,32 @@ def parse(settings: Any, name: str) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        first = max(
-            error.errors(), key=lambda e: len(e["loc"])
-        )  # the most specific one, where a field has alternatives
-        where = ".".join(map(str, first["loc"]))
+        first = _most_telling(error.errors())
+        where = ".".join(_path(settings, first["loc"]))
         if first["type"] == "extra_forbidden":
             known = sorted(_known_fields(first["loc"][:-1]))
             raise ValueError(f"recipe {name}: {where}: unknown field; known: {', '.join(known)}") from None
         reason = first["msg"].removeprefix("Value error, ")
         got = f", got {first['input']!r}" if isinstance(first["input"], str | int | float | None) else ""
         raise ValueError(f"recipe {name}: {where + ': ' if where else ''}{reason}{got}") from None
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """The deepest error; where a field has alternatives, of the one that knows most of the fields that were given."""
+    unknown = Counter(error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden")
+    return min(errors, key=lambda e: (-len(e["loc"]), unknown[e["loc"][:-1]], e["type"] == "missing"))
+
+
+def _path(settings: Any, location: Sequence[str | int]) -> Iterator[str]:
+    """The parts of a location that a recipe holds: pydantic adds the name of the alternative that it tried."""
+    for part in location:
+        if isinstance(settings, list | tuple) and isinstance(part, int):
+            settings = settings[part] if part < len(settings) else None
+        elif isinstance(settings, dict) and (part in settings or part is location[-1]):
+            settings = settings.get(part)
+        else:
+            continue
+        yield str(part)
 
 
 def _known_fields(location: Sequence[str | int]) -> set[str]:
@@ -349,7 +367,8 @@ def _known_fields(location: Sequence[str | int]) -> set[str]:
         inside = {
             m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
         }
-        models = inside or models  # an index or the name of an alternative stays where it is
+        chosen = {m for m in models if part in (m.__name__, getattr(m.model_fields.get("kind"), "default", None))}
+        models = inside or chosen or models  # an index stays where it is
     return {name for model in models for name in model.model_fields}
 
 

@@ -26,14 +26,25 @@ from tinyclip.evaluate import cost
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
 
+NUM_NAMED = 5  # changed settings that an error names
+
 
 def claim(run_dir: Path, settings: dict[str, Any]) -> None:
     """Write recipe.yaml, or raise ValueError where the directory holds something else than this recipe's run."""
     path = run_dir / "recipe.yaml"
     if path.exists():
-        changed = difference(yaml.safe_load(path.read_text(encoding="utf-8")), settings)
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(f"{path}: damaged, expected the recipe of a run to continue")
+        changed = difference(before, settings)
         if changed:
-            raise ValueError(f"{run_dir} holds a run of another recipe; changed: {'; '.join(changed)}")
+            more = f"; and {len(changed) - NUM_NAMED} more" if len(changed) > NUM_NAMED else ""
+            raise ValueError(
+                f"{run_dir} holds a run of another recipe; changed: {'; '.join(changed[:NUM_NAMED])}{more}"
+            )
         return
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"{run_dir}: expected a new directory or a run to continue, found neither (no recipe.yaml)")
@@ -48,7 +59,11 @@ def difference(before: Any, after: Any, name: str = "") -> list[str]:
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = enumerate(zip(before, after, strict=True))
         return [line for i, (a, b) in pairs for line in difference(a, b, f"{name}.{i}")]
-    return [] if before == after else [f"{name}: {before} -> {after}"]
+    return [] if before == after else [f"{name}: {_short(before)} -> {_short(after)}"]
+
+
+def _short(setting: Any) -> str:
+    return "..." if isinstance(setting, dict | list) and len(str(setting)) > 60 else str(setting)
 
 
 def record_teacher(run_dir: Path, teacher: Teacher, scores: Callable[[], dict[str, float]]) -> None:

@@ -82,6 +82,12 @@ class DataConfig(Config):
     crop_scale: tuple[float, float] = Field(default=(0.9, 1.0), description="share of the picture's area in view")
     max_bad_share: float = Field(default=0.01, ge=0, le=1, description="of corrupt pairs; more stop the run")
 
+    @model_validator(mode="after")
+    def _crop_is_a_range(self) -> Self:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale: expected two shares, 0 < smallest <= largest <= 1, got {self.crop_scale}")
+        return self
+
 
 class Masking(NamedTuple):
     """The gates that learn beside the student, and what pulls them to the asked-for size."""

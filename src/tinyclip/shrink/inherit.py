@@ -155,7 +155,7 @@ def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Li
     Of all widths (or depths) that can hold the budget, the one whose ratio of neurons to width changes least.
     """
     K, num_layers, most_neurons = config.head_dim, len(config.blocks), max(block.ffn for block in config.blocks)
-    budget_params = int(share * config.prunable_params + 0.5)
+    budget_params = int(share * config.prunable_params + 1e-6)
     widths: list[int | None] = [rule.width]
     depths: list[int | None] = [rule.layers]
     if vary == "width" and rule.width is None:
@@ -175,7 +175,7 @@ def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Li
         count = bisect_left(candidates, True, key=too_large)
         if count:
             neurons = candidates[count - 1]
-            change = abs(math.log(neurons / (width or config.width) * config.width / max(most_neurons, 1)))
+            change = abs(math.log((neurons / most_neurons) / ((width or config.width) / config.width)))
             fits.append((change, sized(neurons)))
     if not fits:
         raise ValueError(
