@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from tinyclip import run
+from tinyclip.data.loader import PairLoader, Reader
 from tinyclip.data.sources import Source, open_source
 from tinyclip.data.spec import DataSpec
 from tinyclip.device import pick_device, use_fast_cpu_products
@@ -122,6 +123,7 @@ def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = prin
     teacher = load_teacher(recipe.teacher).to(device) if recipe.teacher is not None else None
     student = starting_point(recipe, teacher, source).to(device)
     check_rules(recipe, student)
+    check_data(recipe, source, student)
     setup = Setup(recipe, source, teacher, student.config.prunable_params, say)
     run.claim(run_dir, recipe.model_dump(mode="json"))
     if teacher is not None:
@@ -239,11 +241,35 @@ def learn_masks(
 
 
 def check_rules(recipe: Recipe, student: CLIP) -> None:
-    """Refuse rules that the starting model cannot satisfy, before anything is trained or written."""
+    """Refuse rules that cannot be satisfied, before anything is trained or written.
+
+    Rules are followed through the stages up to the first that learns masks: what that one leaves is not known yet.
+    """
+    reference_params = student.config.prunable_params
     for stage in recipe.stages:
+        share = stage.shrink.keep_params if stage.shrink is not None else None
+        budget_params = int(share * reference_params) if share else None
         if isinstance(stage.shrink, Inherit):
-            share = stage.shrink.keep_params
-            choose(student, stage.shrink, int(share * student.config.prunable_params) if share else None)
+            student = take(student, choose(student, stage.shrink, budget_params))
+        elif isinstance(stage.shrink, LearnMasks):
+            assert budget_params is not None, "keep_params is a field without default"
+            survivors(HardConcreteGates(student.config), budget_params)
+            return
+
+
+def check_data(recipe: Recipe, source: Source, student: CLIP) -> None:
+    """Refuse data that cannot be trained or evaluated on, before anything is written: a few pairs are read."""
+    for spec in (recipe.evaluation.retrieval, recipe.evaluation.zeroshot):
+        if spec is not None:
+            open_source(spec)
+    if student.preprocess is None or student.tokenizer is None:
+        raise ValueError("the student came without preprocessing or tokenizer, so it cannot read pairs")
+    reader = Reader(student.preprocess, student.tokenizer)
+    for phase in (phase for stage in recipe.stages for phase in (stage.while_masking, stage.distill)):
+        if phase is not None:
+            PairLoader(source, [reader], batch_size=phase.batch_size, seed=recipe.seed)
+    few = min(recipe.stages[0].distill.batch_size, 16)
+    PairLoader(source, [reader], batch_size=few, seed=recipe.seed).batch(0)
 
 
 def evaluate(model: Model, evaluation: Evaluation) -> dict[str, float]:

@@ -362,13 +362,17 @@ class CLIP(nn.Module):
     def encode_image(self, images: Tensor | Image.Image | Sequence[Image.Image], *, normalize: bool = False) -> Tensor:
         """Image embeddings [B, E] of PIL images, of uint8 pixels [B, 3, S, S], or of normalised float pixels.
 
-        Embeddings are dimensionless; with `normalize` they are unit vectors. Raises ValueError for another size.
+        Embeddings are dimensionless; with `normalize` they are unit vectors. Raises ValueError for
+        another size and for pixels that are not finite.
         """
         if not isinstance(images, Tensor):
             if self.preprocess is None:
                 raise ValueError("this model came without preprocessing: expected pixels, got PIL images")
             pictures = images if isinstance(images, Sequence) else [images]
             images = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
+        if images.is_floating_point() and not images.isfinite().all():
+            broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise ValueError(f"expected finite pixels, got NaN or infinity in image {broken[0]} of {len(images)}")
         image_BE = self.image(self._as_input(images))
         return unit(image_BE) if normalize else image_BE
 

@@ -281,7 +281,7 @@ def load_recipe(
         try:
             _set(settings, path, yaml.safe_load(value))
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {change}: not a YAML value: {' '.join(str(error).split())}") from None
+            raise ValueError(f"--set {change}: not a YAML value: {getattr(error, 'problem', error)}") from None
     return parse(settings, name)
 
 
@@ -311,20 +311,25 @@ def _read_yaml(name: str) -> dict[str, Any]:
 
 
 def _set(settings: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = parts = path.split(".")
+    *parents, last = path.split(".")
     target: Any = settings
-    for depth, part in enumerate(parts):
+    for number, part in enumerate(parents, 1):
+        key = _key(target, part, path)
+        if isinstance(target, dict) and target.get(key) is None:
+            target[key] = {}
+        target = target[key]
         if not isinstance(target, list | dict):
-            raise ValueError(f"--set {path}: {'.'.join(parts[:depth])} has no fields, it is {target!r}")
-        if isinstance(target, list) and part not in map(str, range(len(target))):
-            where = ".".join(parts[:depth])
-            raise ValueError(f"--set {path}: expected one of {where}.0 to {where}.{len(target) - 1}, got {part!r}")
-        if depth == len(parents):
-            break
-        if isinstance(target, dict) and target.get(part) is None:
-            target[part] = {}
-        target = target[int(part)] if isinstance(target, list) else target[part]
-    target[int(last) if isinstance(target, list) else last] = value
+            raise ValueError(f"--set {path}: {'.'.join(parents[:number])} has no fields, it is {target!r}")
+    target[_key(target, last, path)] = value
+
+
+def _key(target: Any, part: str, path: str) -> Any:
+    """`part` as the key of a mapping, or the index of a list."""
+    if isinstance(target, dict):
+        return part
+    if part not in map(str, range(len(target))):
+        raise ValueError(f"--set {path}: expected a number from 0 to {len(target) - 1}, got {part!r}")
+    return int(part)
 
 
 def parse(settings: Any, name: str) -> Recipe:
@@ -338,6 +343,8 @@ def parse(settings: Any, name: str) -> Recipe:
             known = sorted(_known_fields(first["loc"][:-1]))
             raise ValueError(f"recipe {name}: {where}: unknown field; known: {', '.join(known)}") from None
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"].startswith("union_tag"):
+            reason = f"expected kind: {first.get('ctx', {}).get('expected_tags') or 'the name of a rule'}"
         got = f", got {first['input']!r}" if isinstance(first["input"], str | int | float | None) else ""
         raise ValueError(f"recipe {name}: {where + ': ' if where else ''}{reason}{got}") from None
 

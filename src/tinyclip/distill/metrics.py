@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Tracker = Literal["tensorboard", "wandb"]
+SECONDS_PER_LINE = 60  # of progress where there is no terminal
 
 
 class JsonLines:
@@ -87,17 +88,17 @@ def _open_tracker(tracker: Tracker, directory: Path) -> Any:
 
 
 class _Display:
-    """A bar with pairs/s and the time left on a terminal; ten plain lines when piped."""
+    """On a terminal a bar with pairs/s and the time left; when piped a line a minute."""
 
     def __init__(self, title: str, done: int, total: int):
-        self._title, self._total, self._last_tenth, self._text = title, total, done * 10 // max(total, 1), ""
+        self._title, self._start, self._total, self._text = title, done, total, ""
+        self._started = self._last_line = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TaskProgressColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 TextColumn("[dim]{task.fields[text]}"),
@@ -107,12 +108,14 @@ class _Display:
             self._bar.start()
 
     def advance(self, done: int, pairs_per_s: float) -> None:
-        rate = f"{pairs_per_s:,.0f} pairs/s"
+        rate, now = f"{pairs_per_s:,.0f} pairs/s", time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=rate, text=self._text)
-        elif done * 10 // self._total > self._last_tenth:
-            self._last_tenth = done * 10 // self._total
-            print(f"{self._title}  {done}/{self._total}  {rate}  {self._text}", file=sys.stderr, flush=True)
+        elif now - self._last_line >= SECONDS_PER_LINE:
+            self._last_line = now
+            left_s = (now - self._started) / (done - self._start) * (self._total - done)
+            line = f"{self._title}  {done}/{self._total}  {rate}  {left_s / 60:.0f} min left  {self._text}"
+            print(line, file=sys.stderr, flush=True)
 
     def describe(self, values: Mapping[str, float]) -> None:
         shown = ("affinity_kl", "contrastive", "feature", "sparsity", "target_sparsity")

@@ -50,9 +50,15 @@ class TowerRule(Config):
 
     @model_validator(mode="after")
     def _one_way_to_say_layers(self) -> TowerRule:
+        if isinstance(self.layer_choice, tuple) and (not self.layer_choice or not _ascend(self.layer_choice)):
+            raise ValueError(f"layer_choice: expected layers in ascending order, got {list(self.layer_choice)}")
         if isinstance(self.layer_choice, tuple) and self.layers not in (None, len(self.layer_choice)):
             raise ValueError(f"layers is {self.layers}, but layer_choice lists {len(self.layer_choice)}")
         return self
+
+
+def _ascend(layers: tuple[int, ...]) -> bool:
+    return list(layers) == sorted(set(layers))
 
 
 class Inherit(Config):
@@ -152,7 +158,7 @@ def _choose_tower(tower: ImageTower | TextTower, config: TowerConfig, rule: Towe
 def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Literal["width", "layers"]) -> TowerRule:
     """The rule with its sizes filled in: `share` of the tower's prunable parameters, less at most a neuron a block.
 
-    Of all widths (or depths) that can hold the budget, the one whose ratio of neurons to width changes least.
+    Of all widths (or depths) that spend the budget, the one whose ratio of neurons to width changes least.
     """
     K, num_layers, most_neurons = config.head_dim, len(config.blocks), max(block.ffn for block in config.blocks)
     budget_params = int(share * config.prunable_params + 1e-6)
@@ -162,27 +168,32 @@ def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Li
         widths += range(K, config.width, K)
     if vary == "layers" and rule.layers is None and not isinstance(rule.layer_choice, tuple):
         depths += range(1, num_layers)
-    fits: list[tuple[float, TowerRule]] = []
+    fits: list[tuple[int, float, TowerRule]] = []
     for width, layers in product(widths, depths):
 
         def sized(neurons: int, width: int | None = width, layers: int | None = layers) -> TowerRule:
             return rule.model_copy(update={"width": width, "layers": layers, "ffn": neurons})
 
+        def unspent(neurons: int) -> int:
+            return budget_params - _sizes(config, sized(neurons), name).num_params(K)
+
         def too_large(neurons: int) -> bool:
-            return _sizes(config, sized(neurons), name).num_params(K) > budget_params
+            return unspent(neurons) < 0
 
         candidates = [rule.ffn] if rule.ffn else range(1, most_neurons + 1)
         count = bisect_left(candidates, True, key=too_large)
         if count:
             neurons = candidates[count - 1]
             change = abs(math.log((neurons / most_neurons) / ((width or config.width) / config.width)))
-            fits.append((change, sized(neurons)))
+            neuron_per_block = (layers or num_layers) * (2 * (width or config.width) + 1)
+            wasted = unspent(neurons) if unspent(neurons) >= neuron_per_block else 0  # the blocks cannot hold more
+            fits.append((wasted, change, sized(neurons)))
     if not fits:
         raise ValueError(
             f"keep_params: no {name} tower of {num_layers} layers or fewer, width {config.width} or less and head "
             f"size {K} has at most {share:.1%} of {config.prunable_params} prunable parameters and a neuron per block"
         )
-    return min(fits, key=lambda fit: fit[0])[1]
+    return min(fits, key=lambda fit: fit[:2])[2]
 
 
 @torch.no_grad()
