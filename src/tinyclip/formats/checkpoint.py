@@ -87,6 +87,7 @@ def _write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps({**settings, **extra}, indent=2), encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # save_file's own mode is private
     if model.preprocess is not None:
         (directory / "preprocess.json").write_text(model.preprocess.model_dump_json(indent=2), encoding="utf-8")
     if model.tokenizer is not None:

@@ -185,8 +185,9 @@ def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Li
         if count:
             neurons = candidates[count - 1]
             change = abs(math.log((neurons / most_neurons) / ((width or config.width) / config.width)))
-            neuron_per_block = (layers or num_layers) * (2 * (width or config.width) + 1)
-            wasted = unspent(neurons) if unspent(neurons) >= neuron_per_block else 0  # the blocks cannot hold more
+            sizes = _sizes(config, sized(neurons), name)
+            left, neuron_per_block = unspent(neurons), len(sizes.layers) * (2 * sizes.width + 1)
+            wasted = left if left >= neuron_per_block else 0  # more than these blocks can hold
             fits.append((wasted, change, sized(neurons)))
     if not fits:
         raise ValueError(
