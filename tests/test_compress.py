@@ -117,7 +117,8 @@ COMMAND = [sys.executable, "-m", "tinyclip", "compress"]
 def start(recipe_file, run) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*COMMAND, str(recipe_file), "--run", str(run)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for(path, process: subprocess.Popen) -> None:
@@ -127,19 +128,21 @@ def wait_for(path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize(
-    "after, stop, status",
+    "after, stop, status, workers",
     [
-        ("0-auto-70/stage.json", signal.SIGKILL, -signal.SIGKILL),  # between the stages
-        ("0-auto-70/masks/checkpoint.pt", signal.SIGKILL, -signal.SIGKILL),  # while masks are learned
-        ("1-manual-35/distill/checkpoint.pt", signal.SIGINT, 130),  # while distilling
+        ("0-auto-70/stage.json", signal.SIGKILL, -signal.SIGKILL, 0),  # between the stages
+        ("0-auto-70/masks/checkpoint.pt", signal.SIGKILL, -signal.SIGKILL, 0),  # while masks are learned
+        ("1-manual-35/distill/checkpoint.pt", signal.SIGINT, 130, 2),  # while distilling; the workers get it too
     ],
 )
-def test_a_run_that_was_cut_off_continues_to_the_same_bits(finished, teacher, tmp_path, after, stop, status):
+def test_a_run_that_was_cut_off_continues_to_the_same_bits(finished, teacher, tmp_path, after, stop, status, workers):
     recipe_file, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe_file.write_text(yaml.safe_dump(student_recipe(teacher).model_dump(mode="json")))
+    settings = student_recipe(teacher).model_dump(mode="json")
+    settings["data"]["workers"] = workers
+    recipe_file.write_text(yaml.safe_dump(settings))
     process = start(recipe_file, run)
     wait_for(run / after, process)
-    process.send_signal(stop)
+    os.killpg(process.pid, stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in errors
     assert not (run / "model").exists()

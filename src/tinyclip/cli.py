@@ -145,16 +145,19 @@ def inspect(
 @app.command()
 def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this preset as YAML.")] = None) -> None:  # noqa: UP045
     """List the presets, or print one as YAML to keep and edit."""
+    import difflib
     import inspect as python_inspect
 
     import yaml
 
-    from tinyclip.recipes import PRESETS, load_recipe
+    from tinyclip.recipes import PRESETS, load_recipe, needs
 
     if name is not None:
-        if Path(name).is_file() and name not in PRESETS:
-            raise ValueError(f"recipes: expected a preset ({', '.join(PRESETS)}), got the file {name}")
-        recipe = load_recipe(name, teacher="TEACHER", data="DATA")
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"recipes: no preset {name}{hint} (presets: {', '.join(PRESETS)})")
+        recipe = load_recipe(name, **{argument: argument.upper() for argument in needs(name)})
         print(f"# {python_inspect.getdoc(PRESETS[name])}".replace("\n", "\n# ").replace("# \n", "#\n"))
         print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False), end="")
         return

@@ -13,10 +13,10 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from tinyclip import run
 from tinyclip.data.loader import PairLoader, Reader
@@ -49,6 +49,11 @@ class Stage(Config):
         if isinstance(self.shrink, LearnMasks) != (self.while_masking is not None):
             raise ValueError(f"stage {self.name}: while_masking goes with shrink.kind learn_masks, and only with it")
         return self
+
+    @field_serializer("shrink", mode="wrap", when_used="unless-none")
+    def _with_kind(self, shrink: Inherit | LearnMasks, dump: SerializerFunctionWrapHandler) -> Any:
+        """A dump without defaults needs the kind too, to be read back."""
+        return {"kind": shrink.kind, **dump(shrink)}
 
 
 class Scratch(Config):

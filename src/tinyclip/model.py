@@ -34,7 +34,7 @@ MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
 class Config(BaseModel):
     """A frozen value: keyword-only, unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BlockConfig(Config):

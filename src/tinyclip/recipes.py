@@ -168,6 +168,7 @@ DEMO_EVALUATION = Evaluation(
     zeroshot=DataSpec.parse("scenes?split=classes&count=512"),
 )
 DEMO_SHARES = (0.75, 0.5, 0.25)
+DEMO_TEACHER_STEPS = 1000
 DEMO_MASK_STEPS, DEMO_DISTILL_STEPS = 40, 60  # per stage
 OWN_SCALES = Objective(student_scale="learned", teacher_scale="teacher")  # a small teacher's own scale is far from 50
 
@@ -183,7 +184,7 @@ def demo_teacher() -> Recipe:
             text_width=128, text_layers=4, head_dim=32, context_length=32, vocabulary=700,
         ),
         data=DEMO_DATA,
-        stages=(_from_scratch(steps=1000),),
+        stages=(_from_scratch(steps=DEMO_TEACHER_STEPS),),
         evaluation=DEMO_EVALUATION,
     )  # fmt: skip
 
@@ -198,8 +199,8 @@ def demo(teacher: str) -> Recipe:
         return Stage(
             name=_stage_name("auto", share),
             shrink=LearnMasks(keep_params=share, log_alpha_lr=0.3, multiplier_lr=3.0, initial_log_alpha=3.0),
-            while_masking=_DEMO_TRAIN.model_copy(update={"steps": DEMO_MASK_STEPS, "warmup_steps": 5}),
-            distill=_DEMO_TRAIN,
+            while_masking=_demo_train(DEMO_MASK_STEPS),
+            distill=_demo_train(DEMO_DISTILL_STEPS),
         )
 
     return Recipe(teacher=teacher, data=DEMO_DATA, stages=tuple(map(stage, DEMO_SHARES)), evaluation=DEMO_EVALUATION)
@@ -210,7 +211,7 @@ def demo_manual(teacher: str) -> Recipe:
 
     tinyclip compress demo_manual --teacher runs/teacher --run runs/small
     """
-    train = _DEMO_TRAIN.model_copy(update={"steps": DEMO_MASK_STEPS + DEMO_DISTILL_STEPS})
+    train = _demo_train(DEMO_MASK_STEPS + DEMO_DISTILL_STEPS)
     stages = (
         Stage(name=_stage_name("manual", share), shrink=Inherit(keep_params=share), distill=train)
         for share in DEMO_SHARES
@@ -229,7 +230,8 @@ def demo_scratch(like: str) -> Recipe:
     )
 
 
-_DEMO_TRAIN = TrainConfig(steps=DEMO_DISTILL_STEPS, batch_size=128, lr=1e-3, warmup_steps=10, objective=OWN_SCALES)
+def _demo_train(steps: int) -> TrainConfig:
+    return TrainConfig(steps=steps, batch_size=128, lr=1e-3, warmup_steps=10, objective=OWN_SCALES)
 
 
 def _from_scratch(steps: int) -> Stage:
@@ -285,13 +287,17 @@ def load_recipe(
     return parse(settings, name)
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """What a preset asks for: "teacher", "data", both or neither."""
+    code = PRESETS[name].__code__
+    return code.co_varnames[: code.co_argcount]
+
+
 def _preset(name: str, wanted: Mapping[str, str | None]) -> dict[str, Any]:
-    preset = PRESETS[name]
-    needed = preset.__code__.co_varnames[: preset.__code__.co_argcount]
-    missing = [argument for argument in needed if wanted[argument] is None]
+    missing = [argument for argument in needs(name) if wanted[argument] is None]
     if missing:
         raise ValueError(f"preset {name}: needs {' and '.join(f'--{argument}' for argument in missing)}")
-    recipe = preset(**{argument: wanted[argument] for argument in needed})
+    recipe = PRESETS[name](**{argument: wanted[argument] for argument in needs(name)})
     return recipe.model_dump(mode="json")
 
 

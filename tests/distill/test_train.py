@@ -1,5 +1,6 @@
 """One phase: micro-batches give the whole batch's gradient, schedules by eye, bad steps are skipped, KL goes down."""
 
+import importlib.util
 import json
 
 import pytest
@@ -106,6 +107,29 @@ def test_distillation_lowers_the_divergence_from_the_teacher(tmp_path):
     train(student, source, DATA, phase(40, lr=3e-3), tmp_path / "run", teacher=teacher)
     kl = [json.loads(line)["affinity_kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(kl) == 40 and sum(kl[-5:]) < 0.7 * sum(kl[:5])
+
+
+def test_scores_are_written_every_so_many_steps(tmp_path):
+    scores = iter([{"top1": 0.25}, {"top1": 0.5}])
+    config = phase(4, objective=CONTRASTIVE, evaluate_every=2)
+    train(tiny_clip(), open_source(DATA.train), DATA, config, tmp_path, evaluate=lambda _: next(scores))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("top1") for line in lines] == [None, 0.25, None, 0.5]
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the tensorboard extra")
+    config = phase(2, objective=CONTRASTIVE, trackers=("tensorboard",))
+    train(tiny_clip(), open_source(DATA.train), DATA, config, tmp_path)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_missing_tracker_says_what_to_install(tmp_path):
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed here")
+    config = phase(2, objective=CONTRASTIVE, trackers=("wandb",))
+    with pytest.raises(ValueError, match=r"pip install tinyclip\[wandb\]"):
+        train(tiny_clip(), open_source(DATA.train), DATA, config, tmp_path)
 
 
 def test_the_teacher_as_student_starts_at_zero_divergence(tmp_path):

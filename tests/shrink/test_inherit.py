@@ -169,7 +169,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.5, 0.41, 0.3])
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.5, 0.41])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_budget_is_met_from_below_by_less_than_a_neuron_per_block_of_each_tower(name, share):
     model = MODELS[name]
@@ -211,9 +211,9 @@ def test_the_image_tower_gets_narrower_and_the_text_tower_shallower_as_in_the_pu
 def test_sizes_that_are_given_stay_and_the_budget_sets_the_rest():
     model = MODELS["uniform"]
     budget = int(0.5 * model.config.prunable_params)
-    rule = Inherit(keep_params=0.5, image=TowerRule(width=16, layers=3), text=TowerRule(layer_choice=(0, 2)))
+    rule = Inherit(keep_params=0.5, image=TowerRule(width=16), text=TowerRule(layer_choice=(0, 2)))
     keep = choose(model, rule, budget)
-    assert (len(keep.image.width), keep.image.blocks, keep.text.blocks) == (16, (0, 2, 3), (0, 2))
+    assert (len(keep.image.width), keep.image.blocks, keep.text.blocks) == (16, (0, 1, 2, 3), (0, 2))
     small = keep.shrink(model.config)
     assert 0.97 * budget < small.prunable_params <= budget
     assert {len(kept) for kept in choose(model, Inherit(text=TowerRule(ffn=7)), budget).text.ffn} == {7}

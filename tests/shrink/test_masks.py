@@ -71,6 +71,29 @@ def test_the_target_rises_as_the_official_one(golden):
             assert constraint.target(step) == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_penalty_below_the_target_equals_the_official_one_sided_one(golden):
+    """There the multiplier of the linear term has the other sign: it pushes q - p, ours p - q."""
+    cases = [case for part in golden["tiny"] for case in part["lagrangian"] if case["loss"] > 0]
+    assert len(cases) > 10
+    for case in cases:
+        constraint = SizeConstraint(
+            LearnMasks(keep_params=1 - case["target"], target_warmup=0.5),
+            reference_params=10**6,
+            current_params=round(10**6 * (1 - case["start"])),
+            steps=2 * case["warmup"],
+        ).double()
+        if case["warmup"] == 0:
+            constraint.start = constraint.end
+        constraint.linear.fill_(-case["lambda_1"])
+        constraint.quadratic.fill_(case["lambda_2"])
+        sparsity = torch.tensor(case["expected_sparsity"], dtype=torch.float64)
+        assert constraint.penalty(sparsity, case["step"]).item() == pytest.approx(case["loss"], rel=1e-10)
+        before = constraint.linear.item(), constraint.quadratic.item()
+        constraint.ascend(sparsity, case["step"])  # by the official gradients, times a step of 1
+        assert before[0] - constraint.linear.item() == pytest.approx(case["grad_lambda_1"], rel=1e-9)
+        assert constraint.quadratic.item() - before[1] == pytest.approx(case["grad_lambda_2"], rel=1e-9)
+
+
 def vit_b32() -> CLIPConfig:
     return CLIPConfig.uniform(
         embed_dim=512, image_size=224, patch_size=32,

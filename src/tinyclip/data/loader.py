@@ -9,6 +9,7 @@ Shape legend: B pairs, L tokens, S the side of the square picture that a model r
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -222,12 +223,23 @@ class _Results(Dataset, Generic[T]):
             return error
 
 
+def _leave_stopping_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one saves its state, then ends its workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _load(function: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T]:
     """map(function, numbers), ahead of time in worker processes if there are any."""
-    own_random = torch.Generator()  # or the DataLoader would advance the global one
-    for result in DataLoader(
-        _Results(function), sampler=numbers, batch_size=None, num_workers=workers, generator=own_random
-    ):
+    loader = DataLoader(
+        _Results(function),
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_leave_stopping_to_the_main_process,
+        generator=torch.Generator(),  # or the DataLoader would advance the global one
+    )
+    for result in loader:
         if isinstance(result, ValueError):
             raise result
         yield result

@@ -45,8 +45,8 @@ class Metrics:
     """One line per logged step in `directory`/metrics.jsonl, the trackers, and a progress display on stderr."""
 
     def __init__(self, directory: Path, *, start_step: int, total_steps: int, trackers: tuple[Tracker, ...] = ()):
-        self._lines = JsonLines(directory / "metrics.jsonl", start_step=start_step)
         self._trackers = [_open_tracker(tracker, directory) for tracker in trackers]
+        self._lines = JsonLines(directory / "metrics.jsonl", start_step=start_step)
         self._pairs, self._started = 0, time.perf_counter()
         self._display = _Display(f"{directory.parent.name}/{directory.name}", start_step, total_steps)
 
