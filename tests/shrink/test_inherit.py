@@ -125,14 +125,13 @@ def test_a_narrower_tower_has_narrower_ffn_unless_told_otherwise():
 def test_largest_keeps_the_largest_by_eye():
     """Weights of 1, but for head 1, neurons 3 and 30, and channels 1, 2, 5 and 7, which are larger."""
     model = clip(text_width=8, text_layers=1)
-    tower = model.text
-    block = tower.blocks[0]
-    for parameter in tower.parameters():
-        parameter.fill_(1.0)
-    block.attention.qkv.weight.unflatten(0, (3, 2, HEAD))[2, 1] = 5
-    block.ffn.up.weight[3] = 7
-    block.ffn.down.weight[:, 30] = 9
-    tower.token_embedding.weight[:, [1, 2, 5, 7]] = 6
+    weights = model.text.state_dict()  # the weights themselves, not copies
+    for weight in weights.values():
+        weight.fill_(1.0)
+    weights["blocks.0.attention.qkv.weight"].unflatten(0, (3, 2, HEAD))[2, 1] = 5
+    weights["blocks.0.ffn.up.weight"][3] = 7
+    weights["blocks.0.ffn.down.weight"][:, 30] = 9
+    weights["token_embedding.weight"][:, [1, 2, 5, 7]] = 6
     keep = choose(model, Inherit(text=TowerRule(width=4, ffn=2, channels="largest"))).text
     assert (keep.width, keep.heads, keep.ffn) == ((1, 2, 5, 7), ((1,),), ((3, 30),))
     leading = choose(model, Inherit(text=TowerRule(width=4, ffn=2))).text
@@ -142,11 +141,12 @@ def test_largest_keeps_the_largest_by_eye():
 @torch.no_grad()
 def test_keys_and_queries_do_not_make_a_head_large():
     model = clip(text_width=8, text_layers=1)
-    qkv = model.text.blocks[0].attention.qkv.weight.unflatten(0, (3, 2, HEAD))
+    weights = model.text.state_dict()
+    qkv = weights["blocks.0.attention.qkv.weight"].unflatten(0, (3, 2, HEAD))
     qkv.fill_(1.0)
     qkv[:2, 0] = 100
     qkv[2, 1] = 2
-    model.text.blocks[0].attention.out.weight.fill_(1.0)
+    weights["blocks.0.attention.out.weight"].fill_(1.0)
     assert choose(model, Inherit(text=TowerRule(width=4, channels="largest"))).text.heads == ((1,),)
 
 
@@ -155,10 +155,11 @@ def test_heads_are_kept_whole(channels):
     model = clip()
     student = take(model, choose(model, Inherit(image=TowerRule(width=8, channels=channels))))
     keep = choose(model, Inherit(image=TowerRule(width=8, channels=channels))).image
-    for index, block in enumerate(student.image.blocks):
-        ours = block.attention.qkv.weight.unflatten(0, (3, 2, HEAD))
-        theirs = model.image.blocks[index].attention.qkv.weight.unflatten(0, (3, 3, HEAD))
-        assert torch.equal(ours, theirs[:, list(keep.heads[index])][..., list(keep.width)])
+    for index, heads in enumerate(keep.heads):
+        name = f"image.blocks.{index}.attention.qkv.weight"
+        ours = student.state_dict()[name].unflatten(0, (3, 2, HEAD))
+        theirs = model.state_dict()[name].unflatten(0, (3, 3, HEAD))
+        assert torch.equal(ours, theirs[:, list(heads)][..., list(keep.width)])
 
 
 UNEQUAL = tiny_clip().float()  # blocks without heads, without neurons, and more heads than width / head size
@@ -235,6 +236,7 @@ def test_odd_sizes_shrink():
     [
         ({"width": 10}, "image width: expected a multiple of the head size 4, got 10"),
         ({"width": 16}, r"image width: expected at most 12 \(the model's\), got 16"),
+        ({"ffn": 49}, r"image ffn: expected at most 48 \(the model's\), got 49"),
         ({"layers": 4}, r"image layers: expected at most 3 \(the model's\), got 4"),
         ({"layer_choice": (0, 1, 2, 3)}, r"image layers: expected at most 3 \(the model's\), got 4"),
         ({"layer_choice": (0, 3)}, "image layer_choice: expected layers 0 to 2, got 3"),

@@ -116,7 +116,12 @@ def _sizes(config: TowerConfig, rule: TowerRule, name: str) -> _Sizes:
     listed = len(rule.layer_choice) if isinstance(rule.layer_choice, tuple) else None
     num_layers = rule.layers or listed or len(config.blocks)
     width = rule.width or config.width
-    for what, asked, there in (("layers", num_layers, len(config.blocks)), ("width", width, config.width)):
+    most_neurons = max(block.ffn for block in config.blocks)
+    for what, asked, there in (
+        ("layers", num_layers, len(config.blocks)),
+        ("width", width, config.width),
+        ("ffn", rule.ffn or 0, most_neurons),
+    ):
         if asked > there:
             raise ValueError(f"{name} {what}: expected at most {there} (the model's), got {asked}")
     if rule.width and width % config.head_dim:
