@@ -9,8 +9,9 @@ each to be found by its name among all others.
 
 from study import Study, arguments, pairs
 
-from tinyclip.compress import Evaluation, Scratch
 from tinyclip.distill.train import DataConfig
+from tinyclip.evaluate.scores import Evaluation
+from tinyclip.start import Scratch
 
 options = arguments(__doc__)
 table = options.data / "pairs.tsv"

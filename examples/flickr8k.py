@@ -8,8 +8,9 @@ photographs are few: the teacher is weak, and what is compared is how much of it
 
 from study import Study, arguments, pairs
 
-from tinyclip.compress import Evaluation, Scratch
 from tinyclip.distill.train import DataConfig
+from tinyclip.evaluate.scores import Evaluation
+from tinyclip.start import Scratch
 
 options = arguments(__doc__)
 table = options.data / "captions.tsv"

@@ -14,15 +14,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tinyclip.compress import Evaluation, Like, Recipe, Scratch, Stage, compress
+from tinyclip.compress import compress
 from tinyclip.data.spec import DataSpec
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate import cost
+from tinyclip.evaluate.scores import Evaluation
 from tinyclip.formats.checkpoint import load
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import results, write_text
 from tinyclip.shrink.inherit import Inherit
 from tinyclip.shrink.masks import LearnMasks
+from tinyclip.start import Like, Scratch
 
 MASK_SHARE = 0.4  # of an automatic stage's steps; the rest distils
 CONTRASTIVE = Objective(affinity=0, contrastive=1)

@@ -12,13 +12,16 @@ import torch
 import yaml
 
 import tinyclip
-from tinyclip.compress import Evaluation, Like, Recipe, Scratch, Stage, compress
+from tinyclip.compress import compress
 from tinyclip.data.spec import DataSpec
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
+from tinyclip.evaluate.scores import Evaluation
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import results
 from tinyclip.shrink.inherit import Inherit
 from tinyclip.shrink.masks import LearnMasks
+from tinyclip.start import Like, Scratch
 
 DATA = DataConfig(train=DataSpec.parse("scenes?count=64"))
 EVALUATION = Evaluation(

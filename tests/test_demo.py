@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tinyclip import recipes
-from tinyclip.compress import Evaluation
 from tinyclip.data.spec import DataSpec
 from tinyclip.demo import MODELS, demo
+from tinyclip.evaluate.scores import Evaluation
 
 
 @pytest.fixture

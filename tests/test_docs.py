@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import tinyclip.recipes
 from tinyclip.cli import app
-from tinyclip.compress import Recipe
 from tinyclip.data.scenes import Scenes
 from tinyclip.data.sources import open_source
 from tinyclip.distill.affinity import affinity_loss_reference
 from tinyclip.evaluate import cost
 from tinyclip.formats.open_clip import config_from_open_clip
+from tinyclip.recipe import Recipe
 from tinyclip.recipes import _models
 
 ROOT = Path(__file__).parents[1]

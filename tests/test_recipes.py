@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tinyclip import recipes
-from tinyclip.compress import Recipe
+from tinyclip.recipe import Recipe
 from tinyclip.recipes import PRESETS, load_recipe, needs, parse
 
 TEACHER, DATA = "some/teacher", "shards/{000..003}.tar"

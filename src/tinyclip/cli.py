@@ -87,12 +87,12 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of a model."""
-    from tinyclip.compress import Evaluation
-    from tinyclip.compress import evaluate as evaluate_model
     from tinyclip.data.spec import DataSpec
     from tinyclip.device import pick_device, use_fast_cpu_products
     from tinyclip.distill.teacher import load_teacher
     from tinyclip.evaluate import DEFAULT_TEMPLATES
+    from tinyclip.evaluate.scores import Evaluation
+    from tinyclip.evaluate.scores import evaluate as evaluate_model
 
     if retrieval is None and zeroshot is None:
         raise ValueError("evaluate: expected --retrieval DATA, --zeroshot DATA or both")

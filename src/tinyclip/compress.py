@@ -9,112 +9,24 @@ stage that shrinks nothing and no teacher.
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
-
-import torch
-from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
+from typing import NamedTuple
 
 from tinyclip import run
-from tinyclip.data.loader import PairLoader, Reader
+from tinyclip.check import check_data, check_rules
 from tinyclip.data.sources import Source, open_source
-from tinyclip.data.spec import DataSpec
 from tinyclip.device import pick_device, use_fast_cpu_products
 from tinyclip.distill.teacher import Teacher, load_teacher
-from tinyclip.distill.train import DataConfig, Masking, TrainConfig, train
-from tinyclip.evaluate import DEFAULT_TEMPLATES, retrieval, zeroshot
-from tinyclip.evaluate.embed import Model, texts_of
+from tinyclip.distill.train import Masking, TrainConfig, train
+from tinyclip.evaluate.scores import evaluate
 from tinyclip.formats import checkpoint
-from tinyclip.model import CLIP, CLIPConfig, Config, initialise
-from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from tinyclip.model import CLIP
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.shrink.inherit import Inherit, choose
 from tinyclip.shrink.keep import take
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint, fold, survivors
-from tinyclip.tokenizer import Tokenizer
-
-
-class Stage(Config):
-    """One step of the progression: shrink, then distil."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    shrink: Annotated[Inherit | LearnMasks, Field(discriminator="kind")] | None = None
-    while_masking: TrainConfig | None = Field(default=None, description="training while masks are learned")
-    distill: TrainConfig
-
-    @model_validator(mode="after")
-    def _masks_need_training(self) -> Self:
-        if isinstance(self.shrink, LearnMasks) != (self.while_masking is not None):
-            raise ValueError(f"stage {self.name}: while_masking goes with shrink.kind learn_masks, and only with it")
-        return self
-
-    @field_serializer("shrink", mode="wrap", when_used="unless-none")
-    def _with_kind(self, shrink: Inherit | LearnMasks, dump: SerializerFunctionWrapHandler) -> Any:
-        """A dump without defaults needs the kind too, to be read back."""
-        return {"kind": shrink.kind, **dump(shrink)}
-
-
-class Scratch(Config):
-    """A random start: every block alike, width / head_dim heads and 4 x width neurons."""
-
-    embed_dim: int = Field(gt=0)
-    image_size: int = Field(gt=0)
-    patch_size: int = Field(gt=0)
-    image_width: int = Field(gt=0)
-    image_layers: int = Field(gt=0)
-    text_width: int = Field(gt=0)
-    text_layers: int = Field(gt=0)
-    context_length: int = Field(default=77, gt=1)
-    head_dim: int = Field(default=64, gt=0)
-    vocabulary: int | None = Field(
-        default=None, ge=600, description="learn a byte-pair vocabulary of this size from the captions; else CLIP's"
-    )
-
-
-class Like(Config):
-    """A random start with the shape, preprocessing and vocabulary of another model."""
-
-    like: str
-
-
-class Evaluation(Config):
-    """What is measured after each stage."""
-
-    retrieval: DataSpec | None = Field(default=None, description="pairs: a path or a spec")
-    zeroshot: DataSpec | None = Field(default=None, description="labelled images: a path or a spec")
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
-
-
-class Recipe(Config):
-    """All that decides a run. `teacher` is always the original; without `start` its weights are the ones inherited."""
-
-    teacher: str | None = None
-    start: str | Scratch | Like | None = None
-    data: DataConfig
-    stages: tuple[Stage, ...] = Field(min_length=1)
-    evaluation: Evaluation = Evaluation()
-    seed: int = 0
-    device: str = "auto"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.teacher is None and self.start is None:
-            raise ValueError("expected a teacher, a start, or both")
-        for stage in self.stages:
-            for phase in (stage.while_masking, stage.distill):
-                if self.teacher is None and phase is not None and phase.objective.needs_teacher:
-                    raise ValueError(
-                        f"stage {stage.name}: affinity and feature need a teacher; or contrastive=1, affinity=0"
-                    )
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"stages: expected different names, got {', '.join(names)}")
-        shares = [s.shrink.keep_params for s in self.stages if s.shrink is not None and s.shrink.keep_params]
-        if shares != sorted(shares, reverse=True):
-            raise ValueError(f"stages: keep_params must not rise from stage to stage, got {shares}")
-        return self
+from tinyclip.start import starting_point
 
 
 def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print) -> Path:
@@ -126,7 +38,7 @@ def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = prin
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
     teacher = load_teacher(recipe.teacher).to(device) if recipe.teacher is not None else None
-    student = starting_point(recipe, teacher, source).to(device)
+    student = starting_point(recipe.start, teacher, source, seed=recipe.seed).to(device)
     check_rules(recipe, student)
     check_data(recipe, source, student)
     setup = Setup(recipe, source, teacher, student.config.prunable_params, say)
@@ -164,40 +76,6 @@ class Setup(NamedTuple):
     teacher: Teacher | None
     reference_params: int  # prunable parameters of the starting model, which keep_params are shares of
     say: Callable[[str], None]
-
-
-def starting_point(recipe: Recipe, teacher: Teacher | None, source: Source) -> CLIP:
-    """The model that the first stage shrinks. Raises ValueError where a teacher's weights cannot be inherited."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    match recipe.start:
-        case Scratch() as scratch:
-            return from_scratch(scratch, source, generator)
-        case Like(like=path):
-            model = checkpoint.load(path)
-            return initialise(CLIP(model.config, preprocess=model.preprocess, tokenizer=model.tokenizer), generator)
-        case str() as spec:
-            start = load_teacher(spec)
-        case None:
-            assert teacher is not None, "a recipe has a teacher or a start"
-            start = teacher
-    if start.clip is None:
-        raise ValueError(
-            f"{start.name} can only teach: its weights do not fit our towers; name another model as `start`"
-        )
-    return copy.deepcopy(start.clip)
-
-
-def from_scratch(scratch: Scratch, source: Source, generator: torch.Generator) -> CLIP:
-    if scratch.vocabulary is None:
-        tokenizer = Tokenizer.openai(scratch.context_length)
-    else:
-        captions = texts_of(source, source.captions, "captions").values()
-        texts = itertools.chain.from_iterable(captions)
-        tokenizer = Tokenizer.train(texts, vocab_size=scratch.vocabulary, context_length=scratch.context_length)
-    shape = scratch.model_dump(exclude={"vocabulary"})
-    config = CLIPConfig.uniform(**shape, vocab_size=tokenizer.vocab_size)
-    preprocess = Preprocess(size=scratch.image_size, mean=OPENAI_MEAN, std=OPENAI_STD)
-    return initialise(CLIP(config, preprocess=preprocess, tokenizer=tokenizer), generator)
 
 
 def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int) -> CLIP:
@@ -243,45 +121,3 @@ def learn_masks(
         seed=seed,
     )
     return gates
-
-
-def check_rules(recipe: Recipe, student: CLIP) -> None:
-    """Refuse rules that cannot be satisfied, before anything is trained or written.
-
-    Rules are followed through the stages up to the first that learns masks: what that one leaves is not known yet.
-    """
-    reference_params = student.config.prunable_params
-    for stage in recipe.stages:
-        share = stage.shrink.keep_params if stage.shrink is not None else None
-        budget_params = int(share * reference_params) if share else None
-        if isinstance(stage.shrink, Inherit):
-            student = take(student, choose(student, stage.shrink, budget_params))
-        elif isinstance(stage.shrink, LearnMasks):
-            assert budget_params is not None, "keep_params is a field without default"
-            survivors(HardConcreteGates(student.config), budget_params)
-            return
-
-
-def check_data(recipe: Recipe, source: Source, student: CLIP) -> None:
-    """Refuse data that cannot be trained or evaluated on, before anything is written: a few pairs are read."""
-    for spec in (recipe.evaluation.retrieval, recipe.evaluation.zeroshot):
-        if spec is not None:
-            open_source(spec)
-    if student.preprocess is None or student.tokenizer is None:
-        raise ValueError("the student came without preprocessing or tokenizer, so it cannot read pairs")
-    reader = Reader(student.preprocess, student.tokenizer)
-    for phase in (phase for stage in recipe.stages for phase in (stage.while_masking, stage.distill)):
-        if phase is not None:
-            PairLoader(source, [reader], batch_size=phase.batch_size, seed=recipe.seed)
-    few = min(recipe.stages[0].distill.batch_size, 16)
-    PairLoader(source, [reader], batch_size=few, seed=recipe.seed).batch(0)
-
-
-def evaluate(model: Model, evaluation: Evaluation) -> dict[str, float]:
-    """Retrieval and zero-shot scores, each a share in [0, 1]."""
-    scores: dict[str, float] = {}
-    if evaluation.retrieval is not None:
-        scores |= retrieval(model, open_source(evaluation.retrieval))
-    if evaluation.zeroshot is not None:
-        scores |= zeroshot(model, open_source(evaluation.zeroshot), templates=evaluation.templates)
-    return scores

@@ -14,12 +14,14 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tinyclip.compress import Evaluation, Like, Recipe, Scratch, Stage
 from tinyclip.data.spec import DataSpec
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
+from tinyclip.evaluate.scores import Evaluation
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.shrink.inherit import Inherit, TowerRule
 from tinyclip.shrink.masks import LearnMasks
+from tinyclip.start import Like, Scratch
 
 CONTRASTIVE = Objective(affinity=0, contrastive=1)
 

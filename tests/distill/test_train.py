@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.test_compress import CONTRASTIVE, DATA, phase
-from tinyclip.compress import Scratch, from_scratch
 from tinyclip.data.loader import Inputs
 from tinyclip.data.sources import open_source
 from tinyclip.distill.objective import total_loss
@@ -16,6 +15,7 @@ from tinyclip.distill.train import TrainConfig, _State, backward, train
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
 from tinyclip.shrink.masks import HardConcreteGates
+from tinyclip.start import Scratch, from_scratch
 
 
 def tiny_clip(seed: int = 0) -> CLIP:

@@ -20,7 +20,7 @@ class Objective(Config):
     The published recipe is affinity alone with both scales fixed at 50.
     """
 
-    affinity: float = Field(default=1.0, ge=0)
+    affinity: float = Field(default=1.0, ge=0, description="cross-entropy to the teacher's similarity rows")
     contrastive: float = Field(default=0.0, ge=0, description="CLIP's own loss, with the student's learned scale")
     feature: float = Field(default=0.0, ge=0, description="1 - cosine to the teacher's embeddings")
     student_scale: float | Literal["learned"] = Field(default=50.0, description="a number, or 'learned'")

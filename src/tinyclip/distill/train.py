@@ -36,18 +36,18 @@ MAX_NON_FINITE_STEPS = 20  # in a row: then the run has diverged
 class TrainConfig(Config):
     """How long and how fast one phase trains. One of `steps` and `epochs` is given."""
 
-    steps: int | None = Field(default=None, gt=0)
-    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, description="batches; or give epochs")
+    epochs: float | None = Field(default=None, gt=0, description="visits to every image; or give steps")
     batch_size: int = Field(default=256, ge=2, description="pairs; the loss compares all of them")
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="pairs in memory at once; the gradient is exactly that of the whole batch"
     )
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, description="the highest learning rate")
     warmup_steps: int = Field(default=50, ge=0, description="linear; then a cosine to 0")
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices; biases, norms and scales have none")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.98, ge=0, lt=1)
-    eps: float = Field(default=1e-6, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW")
+    beta2: float = Field(default=0.98, ge=0, lt=1, description="of AdamW")
+    eps: float = Field(default=1e-6, gt=0, description="of AdamW")
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the gradient")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of products; similarities are always fp32")
     recompute: bool = Field(default=False, description="gradient checkpointing")
@@ -55,7 +55,7 @@ class TrainConfig(Config):
     log_every: int = Field(default=10, gt=0, description="steps")
     checkpoint_every: int = Field(default=200, gt=0, description="steps")
     evaluate_every: int | None = Field(default=None, gt=0, description="steps")
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[Tracker, ...] = Field(default=(), description="optional libraries that also get the metrics")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

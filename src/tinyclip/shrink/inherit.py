@@ -36,7 +36,7 @@ from tinyclip.shrink.keep import Keep, TowerKeep
 class TowerRule(Config):
     """What one tower keeps; a size that is not given stays, or follows from the budget."""
 
-    layers: int | None = Field(default=None, gt=0)
+    layers: int | None = Field(default=None, gt=0, description="how many of the model's layers")
     width: int | None = Field(default=None, gt=0, description="channels; a multiple of the head size")
     ffn: int | None = Field(default=None, gt=0, description="neurons per block")
     layer_choice: Literal["even", "leading", "official"] | tuple[int, ...] = Field(

@@ -1,0 +1,68 @@
+"""The settings of a run: stages in order, what they start from, what they train on and what is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
+
+from tinyclip.distill.train import DataConfig, TrainConfig
+from tinyclip.evaluate.scores import Evaluation
+from tinyclip.model import Config
+from tinyclip.shrink.inherit import Inherit
+from tinyclip.shrink.masks import LearnMasks
+from tinyclip.start import Like, Scratch
+
+
+class Stage(Config):
+    """One step of the progression: shrink, then distil."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the stage's directory")
+    shrink: Annotated[Inherit | LearnMasks, Field(discriminator="kind")] | None = Field(
+        default=None, description="by rule (kind: inherit) or by learned masks (kind: learn_masks)"
+    )
+    while_masking: TrainConfig | None = Field(default=None, description="training while masks are learned")
+    distill: TrainConfig = Field(description="training of the smaller student")
+
+    @model_validator(mode="after")
+    def _masks_need_training(self) -> Self:
+        if isinstance(self.shrink, LearnMasks) != (self.while_masking is not None):
+            raise ValueError(f"stage {self.name}: while_masking goes with shrink.kind learn_masks, and only with it")
+        return self
+
+    @field_serializer("shrink", mode="wrap", when_used="unless-none")
+    def _with_kind(self, shrink: Inherit | LearnMasks, dump: SerializerFunctionWrapHandler) -> Any:
+        """A dump without defaults needs the kind too, to be read back."""
+        return {"kind": shrink.kind, **dump(shrink)}
+
+
+class Recipe(Config):
+    """All that decides a run. `teacher` is always the original; without `start` its weights are the ones inherited."""
+
+    teacher: str | None = Field(default=None, description="open_clip:ARCH/TAG, hf-hub:..., local-dir:..., a directory")
+    start: str | Scratch | Like | None = Field(
+        default=None, description="the model whose weights are inherited, or a random start; else the teacher"
+    )
+    data: DataConfig
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(default=0, description="of random starts, data order, crops and gates")
+    device: str = Field(default="auto", description="auto: CUDA where there is one; or cpu, cuda:1, ...")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.teacher is None and self.start is None:
+            raise ValueError("expected a teacher, a start, or both")
+        for stage in self.stages:
+            for phase in (stage.while_masking, stage.distill):
+                if self.teacher is None and phase is not None and phase.objective.needs_teacher:
+                    raise ValueError(
+                        f"stage {stage.name}: affinity and feature need a teacher; or contrastive=1, affinity=0"
+                    )
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages: expected different names, got {', '.join(names)}")
+        shares = [s.shrink.keep_params for s in self.stages if s.shrink is not None and s.shrink.keep_params]
+        if shares != sorted(shares, reverse=True):
+            raise ValueError(f"stages: keep_params must not rise from stage to stage, got {shares}")
+        return self
