@@ -64,8 +64,10 @@ def compress(
 def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_: SetOption = None) -> None:
     """Train a CLIP from scratch with the contrastive loss: a teacher for small data, or a baseline."""
     from tinyclip.compress import compress
-    from tinyclip.recipes import load_recipe
+    from tinyclip.recipes import PRESETS, load_recipe, needs
 
+    if recipe in PRESETS and "teacher" in needs(recipe):
+        raise ValueError(f"preset {recipe}: compresses a teacher; use `tinyclip compress`")
     settings = load_recipe(recipe, data=data, changes=set_ or ())
     if settings.teacher is not None:
         raise ValueError(f"recipe {recipe}: names a teacher; use `tinyclip compress`")
@@ -183,8 +185,9 @@ def main() -> None:
     from tinyclip.distill.train import Interrupted
 
     warnings.filterwarnings("ignore", category=UserWarning)
+    debug = "--debug" in sys.argv
     try:
-        app()
+        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])  # wherever it was typed
     except Interrupted as stop:
         print(f"tinyclip: {stop}; continue with: {' '.join(sys.argv)}", file=sys.stderr)
         sys.exit(130 if stop.signal_number == signal.SIGINT else 0)
@@ -192,7 +195,7 @@ def main() -> None:
         print("tinyclip: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         message = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
