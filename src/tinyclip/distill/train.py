@@ -110,7 +110,7 @@ class Outcome(NamedTuple):
     pairs: int
     skipped_pairs: int
     skipped_steps: int  # non-finite
-    seconds: float
+    seconds: float  # of the last call, where a phase was cut off and continued
 
 
 def train(
@@ -172,12 +172,11 @@ def train(
                     metrics.write(step, _plain(values))
                 if last or stop or (step + 1) % config.checkpoint_every == 0:
                     state.save(directory / "checkpoint.pt")
+                if stop:
+                    reached = f"stopped after step {step + 1} of {num_steps}, state saved in {directory}"
+                    raise Interrupted(reached, stop[0])
                 if last:
                     break
-                if stop:
-                    raise Interrupted(
-                        f"stopped after step {step + 1} of {num_steps}, state saved in {directory}", stop[0]
-                    )
     finally:
         metrics.close()
         skipped.close()
@@ -264,9 +263,7 @@ def _step(
     inputs = _to(batch.inputs[0], student.device)
     target = None
     if teacher is not None and config.objective.needs_teacher:
-        seen = _to(batch.inputs[1], student.device)
-        with _autocast(student.device, config):
-            target = (*teacher.embed(seen.pixels, seen.tokens), teacher.scale)
+        target = (*_teach(teacher, _to(batch.inputs[1], student.device), config), teacher.scale)
 
     def loss_of(image_BE: Tensor, text_BE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return total_loss(config.objective, image_BE, text_BE, student.scale, target, state.project)
@@ -306,6 +303,20 @@ def _step(
     return values | {"skipped_steps": state.skipped_steps, "skipped_pairs": state.skipped_pairs}
 
 
+def _teach(teacher: Teacher, inputs: Inputs, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The teacher's unit embeddings [B, T] of images and texts, micro-batch by micro-batch."""
+    with _autocast(teacher.device, config):
+        parts = [teacher.embed(inputs.pixels[rows], inputs.tokens[rows]) for rows in _micro_batches(inputs, config)]
+    image_BT, text_BT = (torch.cat(side) for side in zip(*parts, strict=True))
+    return image_BT, text_BT
+
+
+def _micro_batches(inputs: Inputs, config: TrainConfig) -> list[slice]:
+    B = len(inputs.pixels)
+    size = config.micro_batch_size or B
+    return [slice(start, start + size) for start in range(0, B, size)]
+
+
 def backward(
     student: CLIP,
     inputs: Inputs,
@@ -320,9 +331,8 @@ def backward(
     exact, at the cost of one more forward pass. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under
     Memory Limited Setup" (GradCache), RepL4NLP 2021.
     """
-    B = len(inputs.pixels)
-    size = config.micro_batch_size or B
-    if size >= B:
+    chunks = _micro_batches(inputs, config)
+    if len(chunks) == 1:
         with _autocast(student.device, config):
             image_BE, text_BE = student(inputs.pixels, inputs.tokens, gates)
         loss, terms = loss_of(image_BE, text_BE)
@@ -335,7 +345,6 @@ def backward(
         with _autocast(student.device, config):
             return student(inputs.pixels[rows], inputs.tokens[rows], leaves)
 
-    chunks = [slice(start, start + size) for start in range(0, B, size)]
     with torch.no_grad():
         parts = [embed(rows) for rows in chunks]
     image_BE, text_BE = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
