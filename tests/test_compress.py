@@ -13,6 +13,7 @@ import yaml
 
 import tinyclip
 from tinyclip.compress import compress
+from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
@@ -172,3 +173,20 @@ def test_a_random_start_can_take_the_shape_of_a_student(finished, tmp_path):
 def test_an_objective_without_its_teacher_is_refused():
     with pytest.raises(ValueError, match="stage train: affinity and feature need a teacher"):
         Recipe(start=teacher_recipe().start, data=DATA, stages=(Stage(name="train", distill=phase(2)),))
+
+
+def test_bad_pairs_are_counted_in_the_line_of_a_stage_and_named_in_a_file(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    rows = ["file\tcaption"]
+    for index in range(15):
+        open_source(DATA.train).image(index).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png\tpicture {index}")
+    (tmp_path / "list.tsv").write_text("\n".join([*rows, "broken.png\ta broken one"]) + "\n")
+    data = DataConfig(train=DataSpec.parse(str(tmp_path / "list.tsv")), max_bad_share=0.2)
+    recipe = teacher_recipe().model_copy(update={"data": data})
+    lines = []
+    run = compress(recipe, tmp_path / "run", say=lines.append).parent
+    (skipped,) = {
+        line["key"] for line in map(json.loads, (run / "0-train/distill/skipped.jsonl").read_text().splitlines())
+    }
+    assert skipped == "broken.png" and "bad pairs skipped" in lines[-1]

@@ -108,7 +108,10 @@ def summary(result: dict[str, Any]) -> str:
     """One line for people."""
     macs = result["cost"]["image_macs"] + result["cost"]["text_macs"]
     scores = [f"{name} {share:.1%}" for name, share in result["scores"].items() if name.endswith(("@1", "top1"))]
-    return "  ".join([f"{result['cost']['parameters']:,} parameters", f"{macs / 1e6:,.1f} MMACs", *scores])
+    counts = {what: result["training"][f"skipped_{what}"] for what in ("pairs", "steps")}
+    skipped = [f"{count} bad {what} skipped" for what, count in counts.items() if count]
+    size = f"{result['cost']['parameters']:,} parameters", f"{macs / 1e6:,.1f} MMACs"
+    return "  ".join([*size, *scores, *skipped])
 
 
 def write_text(path: Path, text: str) -> None:
