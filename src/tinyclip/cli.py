@@ -116,14 +116,15 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage or model directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, or tinyclip:NAME.")],
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, MACs and the shape of every layer, counted from the config."""
     from tinyclip.evaluate import describe
+    from tinyclip.formats import zoo
     from tinyclip.formats.checkpoint import load
 
-    facts = describe(load(model).config)
+    facts = describe(zoo.config(model) if model.startswith(zoo.PREFIX) else load(model).config)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -142,6 +143,26 @@ def inspect(
         f"embedding {facts['embed_dim']}, {facts['activation']}",
         highlight=False,
     )
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, open_clip:ARCH/TAG or hf:ORG/NAME.")
+    ],
+    to: Annotated[str, typer.Option(help="huggingface, open_clip or tinyclip.")],
+    out: Annotated[Path, typer.Option(help="A new directory.")],
+    pad: Annotated[bool, typer.Option("--pad", help="Make all blocks alike with zeros: exact, larger.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read it back and compare.")] = False,
+) -> None:
+    """Write a model for another library, which reads it back: features must be equal."""
+    from tinyclip.distill.teacher import load_teacher
+    from tinyclip.formats.export import export
+
+    teacher = load_teacher(model)
+    if teacher.clip is None:
+        raise ValueError(f"{model}: cannot be converted: {teacher.teach_only}")
+    print(export(teacher.clip, out, to=to, pad=pad, verify=not no_verify, say=_say)["directory"])
 
 
 @app.command()

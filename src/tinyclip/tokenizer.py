@@ -84,6 +84,17 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ValueError(f"{path}: not a CLIP tokenizer: {error}") from None
 
+    @property
+    def tokens(self) -> list[str]:
+        """The token of every id."""
+        vocab = self._bpe.get_vocab()
+        return sorted(vocab, key=vocab.__getitem__)
+
+    @classmethod
+    def from_merges(cls, merges: Merges, context_length: int) -> Tokenizer:
+        """The ids follow from the merges, in order of rank."""
+        return cls(_bpe(merges, context_length))
+
     @classmethod
     def openai(cls, context_length: int = 77) -> Tokenizer:
         """CLIP's tokenizer of 49,408 ids, from the vocabulary file inside the open_clip package."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyclip.formats import checkpoint
+from tinyclip.formats import checkpoint, weights
 from tinyclip.formats.open_clip import config_to_open_clip, to_open_clip
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, initialise
 from tinyclip.preprocess import Preprocess
@@ -93,7 +93,7 @@ def test_a_model_is_replaced_and_anything_else_is_not(saved, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_model(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(weights, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(model(seed=1), saved)
     assert_equal(checkpoint.load(saved), model())

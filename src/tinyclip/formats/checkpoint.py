@@ -5,30 +5,28 @@
     preprocess.json     how it reads pictures (where it knows)
     tokenizer.json      how it reads captions (where it knows); Hugging Face `tokenizers`
 
-`load` also reads single checkpoint files in our names or in OpenAI's and open_clip's.
+`load` also reads Hugging Face directories, single checkpoint files in our names or in those of OpenAI, open_clip or
+TinyCLIP's releases, and published models by their names.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
-from safetensors.torch import save_file
 
-from tinyclip.formats import weights
+from tinyclip.formats import huggingface, weights, zoo
+from tinyclip.formats.files import read_json, validated, whole, write_json
 from tinyclip.formats.open_clip import config_from_open_clip, from_open_clip, has_their_names
+from tinyclip.formats.openai import from_openai, is_openai
+from tinyclip.formats.release import from_release, is_release
 from tinyclip.model import CLIP, CLIPConfig
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
 FORMAT, VERSION = "tinyclip", 1
-M = TypeVar("M", bound=BaseModel)
 
 
 def save(model: CLIP, directory: str | Path, *, extra: Mapping[str, Any] | None = None) -> Path:
@@ -40,14 +38,8 @@ def save(model: CLIP, directory: str | Path, *, extra: Mapping[str, Any] | None 
     directory = Path(directory).absolute()
     if directory.exists() and not _is_model(directory) and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(f"{directory}: expected a model to replace or nothing, found something else")
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        _write(model, unfinished, extra or {})
-        _replace(directory, unfinished)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with whole(directory) as unfinished:
+        write(model, unfinished, extra or {})
     return directory
 
 
@@ -60,69 +52,54 @@ def load(
     """A model in evaluation mode, its weights in fp32, from one of
 
     - a model directory, or a run's or stage's directory that holds one as model/;
-    - a .safetensors, .pt, .pth or .bin file, in our names or in OpenAI's and open_clip's. It needs `config`: a
-      CLIPConfig, or our config.json or an open_clip model config, each as a mapping or the path of a JSON file.
+    - a directory of Hugging Face transformers' CLIPModel, or hf:ORGANISATION/NAME for one on the hub;
+    - a .safetensors, .pt, .pth or .bin file, in our names or in those of OpenAI, open_clip or TinyCLIP's releases. It
+      needs `config`, or is one of OpenAI's own: a CLIPConfig, or our config.json or an open_clip model config, each as
+      a mapping or the path of a JSON file;
+    - the name of a published model, tinyclip:ViT-39M-16-Text-19M-YFCC15M: formats/zoo.py.
 
     Raises FileNotFoundError, or ValueError for what is damaged or does not fit; nothing is allocated before.
     """
-    path = Path(path)
+    if str(path).startswith(zoo.PREFIX):
+        if config is not None:
+            raise ValueError(f"{path}: a published model has its own config, expected no other")
+        return zoo.load(str(path), device=device)
+    path = huggingface.fetch(path) if str(path).startswith(huggingface.HUB) else Path(path)
     if path.is_dir():
         if config is not None:
             raise ValueError(f"{path}: a model directory has its own config, expected no other")
         return _load_directory(path, device)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a model directory or a checkpoint file, found nothing")
-    if config is None:
-        raise ValueError(f"{path}: a single file does not describe its model, expected a config with it")
-    return _load_weights(path, _as_config(config), device)
+    return _load_weights(path, None if config is None else _as_config(config), device)
 
 
 def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file() and (directory / "model.safetensors").is_file()
 
 
-def _write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
+def write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
+    """The files of a model, into a directory that is there."""
     settings = {"format": FORMAT, "version": VERSION, "model": model.config.model_dump(mode="json")}
     assert not settings.keys() & extra.keys(), f"extra: {', '.join(settings)} are ours, got {', '.join(extra)}"
-    (directory / "config.json").write_text(json.dumps({**settings, **extra}, indent=2), encoding="utf-8")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # save_file's own mode is private
+    write_json(directory / "config.json", {**settings, **extra})
+    weights.write(model.state_dict(), directory / "model.safetensors")
     if model.preprocess is not None:
         (directory / "preprocess.json").write_text(model.preprocess.model_dump_json(indent=2), encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.save(directory / "tokenizer.json")
-    for path in [*directory.iterdir(), directory]:
-        _sync(path)
-
-
-def _replace(directory: Path, finished: Path) -> None:
-    """Put the finished directory in its place. No rename replaces a full directory, so the old one steps aside."""
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    if directory.exists():
-        directory.rename(old)
-    finished.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load_directory(path: Path, device: str | torch.device) -> CLIP:
     directory = path if (path / "config.json").is_file() else path / "model"
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model (config.json) or a run (model/config.json), found neither")
+    if huggingface.is_theirs(read_json(directory / "config.json")):
+        return huggingface.from_huggingface_dir(directory, device)
     model = _load_weights(directory / "model.safetensors", _as_config(directory / "config.json"), device)
     image, text = model.config.image, model.config.text
     if (file := directory / "preprocess.json").is_file():
-        model.preprocess = _validated(Preprocess, _read_json(file), str(file))
+        model.preprocess = validated(Preprocess, read_json(file), str(file))
         if model.preprocess.size != image.image_size:
             raise ValueError(f"{file}: expected size {image.image_size}, got {model.preprocess.size}")
     if (file := directory / "tokenizer.json").is_file():
@@ -133,8 +110,14 @@ def _load_directory(path: Path, device: str | torch.device) -> CLIP:
     return model
 
 
-def _load_weights(path: Path, config: CLIPConfig, device: str | torch.device) -> CLIP:
+def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.device) -> CLIP:
     state = weights.read(path)
+    if config is None:
+        if not is_openai(state):
+            raise ValueError(f"{path}: a single file does not describe its model, expected a config with it")
+        return from_openai(state, where=str(path), device=device)
+    if is_release(state):
+        return from_release(state, config, where=str(path), device=device)
     if has_their_names(state):
         return from_open_clip(state, config, where=str(path), device=device)
     model = weights.on_meta(config)
@@ -146,34 +129,12 @@ def _as_config(config: CLIPConfig | Mapping[str, Any] | str | Path) -> CLIPConfi
     if isinstance(config, CLIPConfig):
         return config
     where = "config" if isinstance(config, Mapping) else str(config)
-    settings = config if isinstance(config, Mapping) else _read_json(Path(config))
+    settings = config if isinstance(config, Mapping) else read_json(Path(config))
     if "model_cfg" in settings or "vision_cfg" in settings:
         return config_from_open_clip(settings.get("model_cfg", settings))
     if "format" not in settings:
-        return _validated(CLIPConfig, settings, where)
+        return validated(CLIPConfig, settings, where)
     if (settings["format"], settings.get("version")) != (FORMAT, VERSION):
         got = f"{settings['format']!r} version {settings.get('version')!r}"
         raise ValueError(f"{where}: expected format {FORMAT!r} version {VERSION}, got {got}")
-    return _validated(CLIPConfig, settings.get("model"), where)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
-
-
-def _validated(kind: type[M], settings: Any, where: str) -> M:
-    """A pydantic value, or a ValueError of one line that names the first field at fault."""
-    try:
-        return kind.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the whole"
-        raise ValueError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
+    return validated(CLIPConfig, settings.get("model"), where)

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tinyclip.formats import weights
+from tinyclip.formats import huggingface, weights
+from tinyclip.formats.files import write_json
+from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 BLOCK_TABLE = {
     "attention.norm.weight": "ln_1.weight",
@@ -55,6 +59,7 @@ TABLE = {  # our name: theirs; * is a block's number
     **{f"image.blocks.*.{ours}": f"visual.transformer.resblocks.*.{theirs}" for ours, theirs in BLOCK_TABLE.items()},
     **{f"text.blocks.*.{ours}": f"transformer.resblocks.*.{theirs}" for ours, theirs in BLOCK_TABLE.items()},
 }
+LOST_BRANCH = (".attention.bias", ".ffn.bias")  # ours of a block without heads or neurons
 NOT_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}  # buffers of OpenAI's archives
 
 # Fields of open_clip's configs that only act in training, or together with a field that is refused.
@@ -181,27 +186,21 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _uniform(name: str, tower: TowerConfig) -> dict[str, Any]:
-    block = tower.blocks[0]
-    if any(other != block for other in tower.blocks) or block.heads * tower.head_dim != tower.width or not block.ffn:
+    if reason := why_not(tower):
         raise ValueError(
-            f"open_clip's blocks are all alike, with heads x head size = width; those of the {name} tower are not"
+            f"open_clip's blocks are all alike, with heads x head size = width; those of the {name} tower are not: "
+            f"{reason}; pad it, or export to huggingface"
         )
-    ratio = block.ffn / tower.width  # open_clip cuts width x ratio down to a whole number
-    if int(tower.width * ratio) != block.ffn:
-        ratio = (block.ffn + 0.5) / tower.width
+    ffn = tower.blocks[0].ffn
+    ratio = ffn / tower.width  # open_clip cuts width x ratio down to a whole number
+    if int(tower.width * ratio) != ffn:
+        ratio = (ffn + 0.5) / tower.width
     return {"width": tower.width, "layers": len(tower.blocks), "mlp_ratio": ratio}
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
     """The weights in open_clip's names and layouts. Raises ValueError for a block without heads or neurons."""
-
-    def theirs(name: str, tensor: Tensor) -> Tensor:
-        if name == "image.patch.weight":
-            side = model.config.image.patch_size
-            return tensor.unflatten(1, (3, side, side))
-        return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
-
-    return {_their_name(name): theirs(name, tensor) for name, tensor in model.state_dict().items()}
+    return _theirs(model.state_dict(), model.config)
 
 
 def from_open_clip(
@@ -211,10 +210,15 @@ def from_open_clip(
     where: str = "state_dict",
     device: str | torch.device = "cpu",
 ) -> CLIP:
-    """A CLIP from weights in OpenAI's and open_clip's names. Raises ValueError, with `where`, unless every key fits."""
+    """A CLIP from weights in OpenAI's and open_clip's names. Raises ValueError, with `where`, unless every key fits.
+
+    A block of the config without heads or neurons has no keys, and adds nothing: its output bias is zero.
+    """
     model = weights.on_meta(config)
     state = _plain(state_dict)
-    weights.check(state, to_open_clip(model), where)
+    lost = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(LOST_BRANCH)}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in lost}
+    weights.check(state, _theirs(kept, config), where)
 
     def ours(name: str) -> Tensor:
         tensor = state[_their_name(name)]
@@ -222,7 +226,18 @@ def from_open_clip(
             return tensor.flatten(1)
         return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
 
-    return weights.fill(model, {name: ours(name) for name in model.state_dict()}, device)
+    zeros = {name: torch.zeros(tensor.shape) for name, tensor in lost.items()}
+    return weights.fill(model, {name: ours(name) for name in kept} | zeros, device)
+
+
+def _theirs(ours: Mapping[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
+    def theirs(name: str, tensor: Tensor) -> Tensor:
+        if name == "image.patch.weight":
+            side = config.image.patch_size
+            return tensor.unflatten(1, (3, side, side))
+        return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
+
+    return {_their_name(name): theirs(name, tensor) for name, tensor in ours.items()}
 
 
 def has_their_names(state_dict: Mapping[str, Tensor]) -> bool:
@@ -230,11 +245,7 @@ def has_their_names(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _their_name(ours: str) -> str:
-    number = re.search(r"\.blocks\.(\d+)\.", ours)
-    pattern = ours.replace(number[0], ".blocks.*.") if number else ours
-    if pattern not in TABLE:
-        raise ValueError(f"{ours}: open_clip has no block without heads or FFN neurons")
-    return TABLE[pattern].replace("*", number[1] if number else "")
+    return weights.their_name(ours, TABLE, "open_clip")
 
 
 def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,7 +255,7 @@ def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())
-    return {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOT_WEIGHTS}
 
 
 class Pretrained(NamedTuple):
@@ -281,6 +292,43 @@ def load_pretrained(name: str) -> Pretrained:
     is_clip_bpe = isinstance(tokenizer, open_clip.SimpleTokenizer) and not model_cfg["text_cfg"].get("tokenizer_kwargs")
     reader: Any = Tokenizer.openai(model.context_length) if is_clip_bpe else tokenizer
     return Pretrained(model, model_cfg, _preprocess(model.visual.preprocess_cfg, name), reader)
+
+
+def to_open_clip_dir(model: CLIP, directory: Path) -> None:
+    """Write what open_clip loads as local-dir:DIRECTORY, into a directory that is there.
+
+    A vocabulary that is not CLIP's own comes along, and open_clip reads it with transformers. Raises ValueError for a
+    model that open_clip cannot describe.
+    """
+    assert model.preprocess is not None and model.tokenizer is not None, "checked by export"
+    preprocess, model_cfg = model.preprocess, config_to_open_clip(model.config)
+    if model.tokenizer != Tokenizer.openai(model.config.text.context_length):
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = "tokenizer.json"  # any name: it is looked for in the directory
+        huggingface.write_tokenizer(model.tokenizer, directory)
+    preprocess_cfg = {
+        "mean": preprocess.mean,
+        "std": preprocess.std,
+        "interpolation": preprocess.interpolation,
+        "resize_mode": preprocess.resize,
+    }
+    write_json(directory / "open_clip_config.json", {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    weights.write(to_open_clip(model), directory / "open_clip_model.safetensors")
+
+
+@torch.no_grad()
+def stock_features(
+    directory: Path, pictures: Sequence[Image.Image], captions: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What open_clip makes of a directory: normalised pixels [B, 3, S, S], unit image and text features [B, E]."""
+    import open_clip
+
+    name = f"local-dir:{directory}"
+    loaded: Any = open_clip.create_model_from_pretrained(name)
+    model, transform = loaded
+    pixels_BCHW = torch.stack([transform(picture) for picture in pictures])
+    tokens_BL = open_clip.get_tokenizer(name)(list(captions))
+    model.eval()
+    return pixels_BCHW, model.encode_image(pixels_BCHW, normalize=True), model.encode_text(tokens_BL, normalize=True)
 
 
 def _check_choice(architecture: str, weights_from: str) -> None:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tinyclip.formats.torchscript import is_torchscript, read_torchscript
 from tinyclip.model import CLIP, CLIPConfig
 
 NUM_NAMED = 3  # keys that an error names
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt, .pth or .bin file without code; {"state_dict": ...} is unwrapped.
+    """The tensors of a .safetensors, .pt, .pth or .bin file, or of a TorchScript archive, whose code is never run.
+
+    {"state_dict": ...} is unwrapped.
 
     Raises FileNotFoundError, or ValueError for a damaged file and one that holds more than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
     try:
-        is_safe = path.suffix == ".safetensors"
-        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        elif is_torchscript(path):
+            state = read_torchscript(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise ValueError(f"{path}: expected tensors only; the file holds code or is damaged, and is not read") from None
     except Exception as error:  # a damaged file can fail anywhere in the parsers
@@ -35,8 +43,36 @@ def read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path}: expected tensors only, got {type(value).__name__} at {key!r}")
+            raise ValueError(f"{path}: expected tensors only, got {type(value).__name__} at {key!r:.80}")
+        if not re.fullmatch(r"[\w.-]+", key):
+            raise ValueError(f"{path}: expected names of tensors, got {key!r:.80}")
+        if not _is_stored(value):
+            raise ValueError(f"{path}: {key:.80}: expected a tensor that the file holds in full")
     return dict(state)
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether every value has its own bytes: a shape of a terabyte fits into a few otherwise."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def shape(state: Mapping[str, Tensor], name: str, num_dims: int, where: str) -> tuple[int, ...]:
+    """The shape of a tensor that says what the model is. Raises ValueError where it is not there or has other axes."""
+    if name not in state or state[name].ndim != num_dims:
+        got = f"shape {list(state[name].shape)}" if name in state else "none"
+        raise ValueError(f"{where}: expected {name} with {num_dims} axes, got {got}")
+    return tuple(state[name].shape)
+
+
+def write(state: Mapping[str, Tensor], path: Path) -> None:
+    """A .safetensors file with the permissions of any new file; save_file's own are private."""
+    path.touch()
+    mode = path.stat().st_mode
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def on_meta(config: CLIPConfig) -> CLIP:
@@ -76,6 +112,15 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
     broken = [name for name, low_high in extremes.items() if not low_high.isfinite().all()]
     if broken:
         raise ValueError(f"{where}: expected finite weights; {_listed('with NaN or infinity', broken)}")
+
+
+def their_name(ours: str, table: Mapping[str, str], library: str) -> str:
+    """A weight's name in a table whose * is a block's number. Raises ValueError for a block that is only a bias."""
+    number = re.search(r"\.blocks\.(\d+)\.", ours)
+    pattern = ours.replace(number[0], ".blocks.*.") if number else ours
+    if pattern not in table:
+        raise ValueError(f"{ours}: {library} has no block without heads or FFN neurons")
+    return table[pattern].replace("*", number[1] if number else "")
 
 
 def fill(model: CLIP, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> CLIP:

@@ -1,0 +1,143 @@
+"""A model -> the files of another library, and the proof: that library reads them before they are in their place.
+
+Shape legend: B pairs, E embedding, S side of the picture.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyclip.data.scenes import Scenes
+from tinyclip.formats import checkpoint, huggingface, open_clip, uniform, weights
+from tinyclip.formats.files import whole
+from tinyclip.model import CLIP
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TOLERANCE = 1e-5  # between unit features, fp32
+PIXEL_TOLERANCE = 8  # levels of 255; torchvision and Pillow resize a little differently
+NUM_PROBES = 4  # pictures with their captions
+
+
+class Target(NamedTuple):
+    """A format: what writes a model into a directory, and what the library at home there makes of it.
+
+    `features` gives normalised pixels [B, 3, S, S], unit image and unit text features [B, E].
+    """
+
+    write: Callable[[CLIP, Path], None]
+    features: Callable[[Path, Sequence[Image.Image], Sequence[str]], tuple[Tensor, Tensor, Tensor]]
+
+
+def export(
+    model: CLIP,
+    directory: str | Path,
+    *,
+    to: str,
+    pad: bool = False,
+    verify: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write `model` for another library and return what was done; `directory` must be new or empty.
+
+    to          "open_clip" (its local-dir:), "huggingface" (transformers: a CLIPModel where the blocks are alike, else
+                a model with its own code), or "tinyclip"
+    pad         first make all blocks alike with zeros, exact in value (`uniform.pad`)
+    verify      let the target library read it back, and compare unit features of pictures and captions
+
+    Raises ValueError for a model that the format cannot hold, and where features differ by more than 1e-5 or pixels by
+    more than 8 of 255 levels; FileExistsError where something is in the way. Then nothing is left behind.
+    """
+    directory = Path(directory).absolute()
+    if to not in TARGETS:
+        raise ValueError(f"export: expected one of {', '.join(TARGETS)}, got {to!r}")
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(f"{directory}: expected a new or empty directory to export to")
+    if model.preprocess is None or model.tokenizer is None:
+        raise ValueError("export: expected a model that knows how it reads pictures and captions, got bare weights")
+    model = deepcopy(model).cpu().eval()
+    written = uniform.pad(model) if pad else model
+    if pad:
+        say(_given_up(model, written))
+    result: dict[str, Any] = {"directory": str(directory), "to": to, "padded": pad}
+    with whole(directory) as unfinished:
+        TARGETS[to].write(written, unfinished)
+        if verify:
+            result |= _compare(model, unfinished, to)
+            difference, levels = result["max_difference"], result["max_pixel_levels"]
+            say(f"read back with {to}: features differ by at most {difference:.1e}, pixels by {levels:.1f} levels")
+            if not (difference <= TOLERANCE and levels <= PIXEL_TOLERANCE):
+                raise ValueError(
+                    f"{directory}: not written: expected differences of at most {TOLERANCE:.0e} in unit features and "
+                    f"{PIXEL_TOLERANCE} levels in pixels when {to} reads it, got {difference:.1e} and {levels:.1f}"
+                )
+        else:
+            say("not verified: nothing has read it back")
+    return result
+
+
+def _given_up(model: CLIP, padded: CLIP) -> str:
+    small, large = model.config.prunable_params, padded.config.prunable_params
+    return (
+        f"padded with zeros: {small:,} -> {large:,} parameters in attention and FFN, {large / max(small, 1):.2f} times "
+        "the memory and the computation; huggingface and tinyclip hold the model as it is"
+    )
+
+
+@torch.no_grad()
+def _compare(model: CLIP, directory: Path, to: str) -> dict[str, float]:
+    """The largest differences: of unit features given the same pixels and captions, and of pixels in levels of 255."""
+    assert model.preprocess is not None, "checked by export"
+    side = 2 * model.config.image.image_size
+    scenes = Scenes("heldout", NUM_PROBES, size=side)
+    pictures = [scenes.image(index).crop((0, 0, side, side * 3 // 4)) for index in range(NUM_PROBES)]
+    captions = [scenes.captions(index)[0] for index in range(NUM_PROBES)]
+    try:
+        pixels, image_BE, text_BE = TARGETS[to].features(directory, pictures, captions)
+    except ImportError as error:
+        raise ValueError(f"{to} is needed to read back what was written, or no verification: {error}") from None
+    except Exception as error:  # whatever another library raises
+        raise ValueError(f"{to} cannot read what was written: {weights.first_line(error)}") from error
+    ours = model.preprocess.normalise(torch.stack([model.preprocess(picture) for picture in pictures]))
+    levels = (pixels - ours).abs() * 255 * torch.tensor(model.preprocess.std).view(3, 1, 1)
+    image_difference = (model.encode_image(pixels, normalize=True) - image_BE).abs().max()
+    text_difference = (model.encode_text(captions, normalize=True) - text_BE).abs().max()
+    return {
+        "max_difference": max(image_difference.item(), text_difference.item()),
+        "max_pixel_levels": levels.max().item(),
+    }
+
+
+def _write_huggingface(model: CLIP, directory: Path) -> None:
+    """A CLIPModel where it can be one, else our own directory with the code that reads it."""
+    if uniform.is_uniform(model.config):
+        huggingface.to_huggingface_dir(model, directory)
+        return
+    checkpoint.write(model, directory, huggingface.REMOTE_CONFIG)
+    huggingface.write_processor(model, directory)
+    shutil.copy(huggingface.REMOTE_CODE, directory)
+
+
+@torch.no_grad()
+def _our_features(
+    directory: Path, pictures: Sequence[Image.Image], captions: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    model = checkpoint.load(directory)
+    assert model.preprocess is not None, "checked by export"
+    pixels = model.preprocess.normalise(torch.stack([model.preprocess(picture) for picture in pictures]))
+    return pixels, model.encode_image(pixels, normalize=True), model.encode_text(captions, normalize=True)
+
+
+TARGETS = {
+    "open_clip": Target(open_clip.to_open_clip_dir, open_clip.stock_features),
+    "huggingface": Target(_write_huggingface, huggingface.stock_features),
+    "tinyclip": Target(lambda model, directory: checkpoint.write(model, directory, {}), _our_features),
+}
