@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lint test demo clean
+.PHONY: help install lint test demo bench evidence clean
 .DELETE_ON_ERROR:
 
 help:
@@ -11,6 +11,8 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make test      lint, then pytest"
 	@echo "make demo      shrink a small CLIP on generated pictures"
+	@echo "make bench     the tables of RESULTS.md that are timings"
+	@echo "make evidence  those on real pairs; DATA is the folder of the data sets"
 	@echo "make clean     remove .venv and caches"
 
 install: $(INSTALLED)
@@ -31,6 +33,14 @@ test: lint
 
 demo: install
 	$(BIN)/tinyclip demo
+
+bench: install
+	$(BIN)/python benchmarks/attention.py
+
+DATA ?= data
+evidence: install
+	$(BIN)/python examples/emoji.py $(DATA)/emoji-demo --run runs/emoji --seeds 3
+	$(BIN)/python examples/flickr8k.py $(DATA)/flickr8k-train --run runs/flickr8k --seeds 3
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build src/*.egg-info

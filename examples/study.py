@@ -141,7 +141,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("data", type=Path, help="the data set's folder")
     parser.add_argument("--run", type=Path, required=True, help="directory of all runs of the study")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     return parser.parse_args()
 
 
