@@ -11,8 +11,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,8 +22,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tinyclip.data.spec import KEYS
+from tinyclip.evaluate import cost
+from tinyclip.formats import export, huggingface, open_clip, uniform, zoo
+from tinyclip.formats.openai import VOCAB_SIZE
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig
+from tinyclip.preprocess import Preprocess
 from tinyclip.recipes import PRESETS
 from tinyclip.shrink.inherit import layer_map
+from tinyclip.tokenizer import Tokenizer
 
 PART = re.compile(r"(<!-- generated: (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
@@ -55,7 +63,80 @@ def maps() -> Iterator[str]:
         yield _row(f"{before} to {after}", *(" ".join(map(str, layers)) for layers in choices))
 
 
-PARTS = {part.__name__: part for part in (fields, presets, keys, maps)}
+def outputs() -> Iterator[str]:
+    """What each target of `tinyclip export` can hold: tried with tiny students."""
+    yield from _table("`--to`", "student", "held", "files")
+    for to in export.TARGETS:
+        for student, config in _students().items():
+            yield _row(f"`{to}`", student, *_held(to, config))
+
+
+def _students() -> dict[str, CLIPConfig]:
+    alike = CLIPConfig.uniform(
+        embed_dim=8, image_size=32, patch_size=16, image_width=16, image_layers=2, text_width=16, text_layers=1,
+        head_dim=8, context_length=77, vocab_size=VOCAB_SIZE,
+    )  # fmt: skip
+    blocks = (BlockConfig(heads=1, ffn=5), BlockConfig(heads=0, ffn=7))
+    differ = alike.model_copy(update={"image": alike.image.model_copy(update={"blocks": blocks})})
+    cut = differ.model_copy(update={"image": differ.image.model_copy(update={"width": 15})})
+    return {"blocks alike": alike, "blocks that differ": differ, "a width that is not whole heads": cut}
+
+
+def _held(to: str, config: CLIPConfig) -> tuple[str, str]:
+    """Whether, and in which files."""
+    reader = {"preprocess": Preprocess(size=config.image.image_size), "tokenizer": Tokenizer.openai(77)}
+    model = CLIP(config, **reader)
+    for answer, form in (("yes", lambda: model), ("with `--pad`", lambda: uniform.pad(model))):
+        with TemporaryDirectory() as directory:
+            try:
+                export.TARGETS[to].write(form(), Path(directory))
+            except ValueError:
+                continue
+            return answer, ", ".join(f"`{path.name}`" for path in sorted(Path(directory).iterdir()))
+    return "no", ""
+
+
+def tolerances() -> Iterator[str]:
+    yield from _table(f"largest difference, over {export.NUM_PROBES} pictures with captions", "at most")
+    yield _row("unit features of images and texts, fp32, given the same pixels and captions", f"{export.TOLERANCE:.0e}")
+    yield _row("pixels, in levels of 255", str(export.PIXEL_TOLERANCE))
+
+
+def names() -> Iterator[str]:
+    """The key tables of the formats, side by side."""
+    yield from _table("tinyclip", "open_clip, OpenAI", "transformers")
+    for ours, theirs in open_clip.TABLE.items():
+        yield _row(*(f"`{name}`" for name in (ours, theirs, huggingface.TABLE[ours])))
+
+
+def architectures() -> Iterator[str]:
+    """The published architectures and what `cost` counts. Of a ResNet model the text tower alone can be counted."""
+    yield from _table("architecture", "image", "text", "token embedding", "all", "image MACs", "text MACs")
+    for name, model_cfg in zoo.ARCHITECTURES.items():
+        has_vit = not _has_resnet(model_cfg)
+        config = open_clip.config_from_open_clip(model_cfg if has_vit else {**model_cfg, "vision_cfg": {}})
+        counts = asdict(cost(config)).items()
+        cells = (f"{count:,}" if has_vit or field.startswith(("text", "token")) else "" for field, count in counts)
+        yield _row(f"`{name}`", *cells)
+
+
+def checkpoints() -> Iterator[str]:
+    yield from _table("name", "is read", "known SHA-256")
+    for (architecture, data), sha256 in zoo.CHECKPOINTS.items():
+        how = f"sizes from the file, pruned from `{zoo.PRUNED[architecture]}`" if architecture in zoo.PRUNED else "yes"
+        if _has_resnet(zoo.parse(architecture).model_cfg):
+            how = "no: a ResNet"
+        yield _row(f"`{zoo.PREFIX}{architecture}-{data}`", how, f"`{sha256}`" if sha256 else "none")
+
+
+def _has_resnet(model_cfg: dict[str, Any]) -> bool:
+    return isinstance(model_cfg["vision_cfg"]["layers"], tuple)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (fields, presets, keys, maps, outputs, tolerances, names, architectures, checkpoints)
+}
 
 
 def rewrite(page: str) -> str:

@@ -13,6 +13,7 @@ from zipfile import ZipFile
 import open_clip
 import pytest
 import torch
+import transformers.dynamic_module_utils
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +22,16 @@ from tinyclip.cli import app
 from tinyclip.data.scenes import Scenes
 from tinyclip.data.sources import open_source
 from tinyclip.distill.affinity import affinity_loss_reference
+from tinyclip.distill.teacher import load_teacher
 from tinyclip.evaluate import cost
-from tinyclip.formats.open_clip import config_from_open_clip
+from tinyclip.formats import huggingface, zoo
+from tinyclip.formats.export import export
+from tinyclip.formats.open_clip import config_from_open_clip, config_to_open_clip, to_open_clip
+from tinyclip.model import CLIP, CLIPConfig, initialise
+from tinyclip.preprocess import Preprocess
 from tinyclip.recipe import Recipe
 from tinyclip.recipes import _models
+from tinyclip.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -122,6 +129,8 @@ def test_what_the_pages_show_runs_in_reading_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_teacher(tmp_path / "teacher")
     write_pictures(tmp_path)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
     load_recipe = tinyclip.recipes.load_recipe
     monkeypatch.setattr(tinyclip.recipes, "load_recipe", lambda *args, **kwargs: tiny(load_recipe(*args, **kwargs)))
     for page in STORY:
@@ -155,6 +164,55 @@ def test_generated_tables_are_current(page):
     spec.loader.exec_module(generate)
     text = page.read_text(encoding="utf-8")
     assert generate.rewrite(text) == text, "run: python docs/generate.py"
+
+
+def test_every_input_goes_where_the_table_says(tmp_path, monkeypatch):
+    """A tiny model in each form: the commands take it as a teacher, `tinyclip.load` takes it alone, or they refuse."""
+    config = CLIPConfig.uniform(
+        embed_dim=8, image_size=32, patch_size=16, image_width=64, image_layers=1, text_width=64, text_layers=1,
+        context_length=77, vocab_size=49408, activation="quick_gelu",
+    )  # fmt: skip
+    model = initialise(CLIP(config), torch.Generator().manual_seed(0))
+    model.preprocess, model.tokenizer = Preprocess(size=32), Tokenizer.openai(77)
+    for to in ("tinyclip", "huggingface", "open_clip"):
+        export(model, tmp_path / to, to=to, verify=False, say=lambda line: None)
+    state = to_open_clip(model)
+    save_file(state, tmp_path / "plain.safetensors")
+    sizes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+    torch.save({**state, **{name: torch.tensor(size) for name, size in sizes.items()}}, tmp_path / "openai.pt")
+    released = {f"_image_encoder.module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": released}, tmp_path / "TinyCLIP-ViT-39M-16-Text-19M-YFCC15M.pt")
+    monkeypatch.setenv("TINYCLIP_CACHE", str(tmp_path))
+    monkeypatch.setitem(zoo.ARCHITECTURES, "ViT-39M-16-Text-19M", config_to_open_clip(config))
+    monkeypatch.setattr(huggingface, "fetch", lambda name: tmp_path / "huggingface")
+    forms = {
+        "runs/b32-25": tmp_path / "tinyclip",
+        "DIRECTORY": tmp_path / "huggingface",
+        "hf:ORGANISATION/NAME": "hf:ORGANISATION/NAME",
+        "tinyclip:ARCHITECTURE-DATA": "tinyclip:ViT-39M-16-Text-19M-YFCC15M",
+        "tinyclip:ARCHITECTURE/FILE": f"tinyclip:ViT-39M-16-Text-19M/{tmp_path}/plain.safetensors",
+        "ViT-B-32.pt": tmp_path / "openai.pt",
+        "weights.safetensors": tmp_path / "plain.safetensors",
+        "local-dir:DIRECTORY": f"local-dir:{tmp_path}/open_clip",
+        "hf-hub:ORGANISATION/MODEL": f"local-dir:{tmp_path}/open_clip",  # open_clip reads all three
+        "open_clip:ARCHITECTURE/TAG": f"local-dir:{tmp_path}/open_clip",
+    }
+
+    def is_read(read, form) -> bool:
+        try:
+            found = read(str(form))
+        except (ValueError, FileNotFoundError):
+            return False
+        return torch.equal(getattr(found, "model", found).logit_scale, model.logit_scale)
+
+    table = (DOCS / "formats.md").read_text(encoding="utf-8").partition("## What goes out")[0]
+    rows = re.findall(r"^\| `(\S+)` \| .* \| (yes|no) \| (yes|no) \|$", table, re.MULTILINE)
+    assert rows == [
+        (name, *("yes" if is_read(read, forms[name]) else "no" for read in (load_teacher, tinyclip.load)))
+        for name, *_ in rows
+    ]
+    assert forms.keys() == {name for name, *_ in rows}
+    assert tinyclip.load(tmp_path / "plain.safetensors", config=config).config == config
 
 
 def test_every_setting_of_a_recipe_stands_in_a_table():

@@ -222,7 +222,10 @@ def test_a_file_that_is_no_recipe_is_one_line(content, message, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"techer": 1}, "techer: unknown field; known: data, device, evaluation, seed, stages, start, teacher"),
+        (
+            {"techer": 1},
+            "techer: unknown field; known: data, device, evaluation, licenses, seed, stages, start, teacher",
+        ),
         ({"stages__0__shrink__keep": 1}, "stages.0.shrink.keep: unknown field; known: image, keep_params, kind, text"),
         (
             {"stages__0__shrink": {"kind": "learn_masks", "keep_params": 0.5, "lr": 1}},

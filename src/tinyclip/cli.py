@@ -10,11 +10,14 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from tinyclip.model import CLIP
 
 app = typer.Typer(
     help="Make CLIP models small: weight inheritance and affinity mimicking, stage by stage.",
@@ -34,7 +37,10 @@ SetOption = Annotated[
 DataOption = Annotated[Optional[str], typer.Option("--data", help="Training pairs: a path or a spec.")]  # noqa: UP045
 TeacherOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--teacher", help="open_clip:ARCH/TAG, hf-hub:..., local-dir:..., or a tinyclip directory."),
+    typer.Option("--teacher", help="A directory, open_clip:ARCH/TAG, hf:ORG/NAME, tinyclip:NAME (docs/formats.md)."),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, open_clip:ARCH/TAG, hf:ORG/NAME or tinyclip:NAME.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -57,7 +63,7 @@ def compress(
     from tinyclip.recipes import load_recipe
 
     settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
-    print(compress(settings, run, say=_say))
+    print(compress(settings, run, name=_recipe_name(recipe, set_), say=_say))
 
 
 @app.command()
@@ -71,14 +77,12 @@ def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_:
     settings = load_recipe(recipe, data=data, changes=set_ or ())
     if settings.teacher is not None:
         raise ValueError(f"recipe {recipe}: names a teacher; use `tinyclip compress`")
-    print(compress(settings, run, say=_say))
+    print(compress(settings, run, name=_recipe_name(recipe, set_), say=_say))
 
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, or open_clip:ARCH/TAG.")
-    ],
+    model: ModelArgument,
     retrieval: Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")] = None,  # noqa: UP045
     zeroshot: Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")] = None,  # noqa: UP045
     template: Annotated[
@@ -116,7 +120,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, or tinyclip:NAME.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hf:ORG/NAME or tinyclip:NAME.")],
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, MACs and the shape of every layer, counted from the config."""
@@ -147,22 +151,41 @@ def inspect(
 
 @app.command()
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, open_clip:ARCH/TAG or hf:ORG/NAME.")
-    ],
+    model: ModelArgument,
     to: Annotated[str, typer.Option(help="huggingface, open_clip or tinyclip.")],
     out: Annotated[Path, typer.Option(help="A new directory.")],
     pad: Annotated[bool, typer.Option("--pad", help="Make all blocks alike with zeros: exact, larger.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read it back and compare.")] = False,
 ) -> None:
     """Write a model for another library, which reads it back: features must be equal."""
-    from tinyclip.distill.teacher import load_teacher
     from tinyclip.formats.export import export
 
-    teacher = load_teacher(model)
-    if teacher.clip is None:
-        raise ValueError(f"{model}: cannot be converted: {teacher.teach_only}")
-    print(export(teacher.clip, out, to=to, pad=pad, verify=not no_verify, say=_say)["directory"])
+    print(export(_load(model), out, to=to, pad=pad, verify=not no_verify, say=_say)["directory"])
+
+
+@app.command()
+def push(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, open_clip:ARCH/TAG or hf:ORG/NAME.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Of the repository on the Hugging Face hub.")],
+    to: Annotated[str, typer.Option(help="huggingface, open_clip or tinyclip.")] = "huggingface",
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees the new repository.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that is there.")] = False,
+    dry_run: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--dry-run", metavar="DIR", help="Write what would be uploaded into this new directory."),
+    ] = None,
+) -> None:
+    """Put a model on the Hugging Face hub: verified files, and a model card that says where it comes from."""
+    from tinyclip.formats.card import record_of
+    from tinyclip.formats.push import prepare
+    from tinyclip.formats.push import push as push_model
+
+    if dry_run is not None:
+        print(prepare(_load(model), dry_run, name, to=to, record=record_of(model), say=_say))
+    else:
+        print(push_model(_load(model), name, to=to, private=private, update=update, record=record_of(model), say=_say))
 
 
 @app.command()
@@ -195,6 +218,23 @@ def demo(run: RunOption = Path("runs/demo")) -> None:
     from tinyclip.demo import demo
 
     demo(run, say=_say)
+
+
+def _load(model: str) -> CLIP:
+    """A model to pass on. Raises ValueError for one that our towers cannot express."""
+    from tinyclip.distill.teacher import load_teacher
+
+    teacher = load_teacher(model)
+    if teacher.clip is None:
+        raise ValueError(f"{model}: cannot be converted: {teacher.teach_only}")
+    return teacher.clip
+
+
+def _recipe_name(recipe: str, changes: list[str] | None) -> str:
+    """A preset or the name of a file, and what was set beside it."""
+    from tinyclip.formats.provenance import public
+
+    return " --set ".join([Path(recipe).name, *map(public, changes or ())])
 
 
 def _say(line: str) -> None:

@@ -29,8 +29,8 @@ from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint,
 from tinyclip.start import starting_point
 
 
-def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print) -> Path:
-    """Run the recipe and return the directory of the final model, `run_dir`/model.
+def compress(recipe: Recipe, run_dir: Path, *, name: str | None = None, say: Callable[[str], None] = print) -> Path:
+    """Run the recipe, known as `name`, and return the directory of the final model, `run_dir`/model.
 
     Raises ValueError for a recipe that does not fit its model or data, or a run directory of another recipe.
     """
@@ -39,6 +39,7 @@ def compress(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = prin
     source = open_source(recipe.data.train)
     teacher = load_teacher(recipe.teacher).to(device) if recipe.teacher is not None else None
     student = starting_point(recipe.start, teacher, source, seed=recipe.seed).to(device)
+    student.provenance = recipe.provenance(name, (teacher and teacher.clip, student))
     check_rules(recipe, student)
     check_data(recipe, source, student)
     setup = Setup(recipe, source, teacher, student.config.prunable_params, say)

@@ -28,6 +28,8 @@ from tinyclip.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from PIL import Image
 
+    from tinyclip.formats.provenance import Provenance
+
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
 
 
@@ -334,12 +336,20 @@ class TextTower(Tower):
 class CLIP(nn.Module):
     """A CLIP model with what it needs to read pictures and captions.
 
-    `preprocess` and `tokenizer` travel with the weights; without them only tensors are accepted.
+    `preprocess` and `tokenizer` travel with the weights; without them only tensors are accepted. So does `provenance`,
+    where the weights come from.
     """
 
-    def __init__(self, config: CLIPConfig, *, preprocess: Preprocess | None = None, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        config: CLIPConfig,
+        *,
+        preprocess: Preprocess | None = None,
+        tokenizer: Tokenizer | None = None,
+        provenance: Provenance | None = None,
+    ):
         super().__init__()
-        self.config, self.preprocess, self.tokenizer = config, preprocess, tokenizer
+        self.config, self.preprocess, self.tokenizer, self.provenance = config, preprocess, tokenizer, provenance
         self.image = ImageTower(config.image, config)
         self.text = TextTower(config.text, config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

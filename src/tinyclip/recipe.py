@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
+from tinyclip import __version__
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
-from tinyclip.model import Config
+from tinyclip.formats.provenance import UNKNOWN, Licenses, Origin, Provenance, ancestors, model_origin, public
+from tinyclip.model import CLIP, Config
 from tinyclip.shrink.inherit import Inherit
 from tinyclip.shrink.masks import LearnMasks
 from tinyclip.start import Like, Scratch
@@ -39,13 +42,14 @@ class Stage(Config):
 class Recipe(Config):
     """All that decides a run. `teacher` is always the original; without `start` its weights are the ones inherited."""
 
-    teacher: str | None = Field(default=None, description="open_clip:ARCH/TAG, hf-hub:..., local-dir:..., a directory")
+    teacher: str | None = Field(default=None, description="a directory, open_clip:ARCH/TAG, hf:..., tinyclip:NAME, ...")
     start: str | Scratch | Like | None = Field(
         default=None, description="the model whose weights are inherited, or a random start; else the teacher"
     )
     data: DataConfig
     stages: tuple[Stage, ...] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
+    licenses: Licenses | None = Field(default=None, description="what is known of them; goes with the model")
     seed: int = Field(default=0, description="of random starts, data order, crops and gates")
     device: str = Field(default="auto", description="auto: CUDA where there is one; or cpu, cuda:1, ...")
 
@@ -66,3 +70,15 @@ class Recipe(Config):
         if shares != sorted(shares, reverse=True):
             raise ValueError(f"stages: keep_params must not rise from stage to stage, got {shares}")
         return self
+
+    def provenance(self, name: str | None, parents: Iterable[CLIP | None]) -> Provenance:
+        """Where the model that comes out of this recipe comes from; `name` is the recipe's, as the user gave it."""
+        licenses = self.licenses or Licenses()
+        return Provenance(
+            teacher=model_origin(self.teacher, licenses.teacher) if self.teacher is not None else None,
+            start=model_origin(self.start, licenses.start) if isinstance(self.start, str) else None,
+            data=Origin(name=public(str(self.data.train)), license=licenses.data or UNKNOWN),
+            recipe=name,
+            code=Origin(name=f"tinyclip {__version__}", license="mit"),
+            ancestors=ancestors(parent.provenance for parent in parents if parent is not None),
+        )

@@ -63,6 +63,12 @@ class DataSpec(BaseModel):
             reason = first["msg"].removeprefix("Value error, ")
             raise ValueError(f"data {spec!r}: {where + ': ' if where else ''}{reason}") from None
 
+    def __str__(self) -> str:
+        """What `parse` takes."""
+        fields = self.model_dump(exclude={"path"}, exclude_defaults=True)
+        query = "&".join(f"{key}={str(value).replace('%', '%25').replace('&', '%26')}" for key, value in fields.items())
+        return f"{self.path}?{query}" if query else self.path
+
     @property
     def kind(self) -> Kind:
         if self.path == "scenes":

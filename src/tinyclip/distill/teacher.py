@@ -73,7 +73,7 @@ class Teacher:
 
 
 def load_teacher(spec: str) -> Teacher:
-    """A teacher in evaluation mode on the CPU, from a tinyclip model or run directory, or from open_clip:
+    """A teacher in evaluation mode on the CPU, from what `checkpoint.load` reads without a config, or from open_clip:
 
     open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:ViT-B-32-quickgelu/path/to/file.pt, hf-hub:ORGANISATION/MODEL or
     local-dir:DIRECTORY. A ViT-CLIP becomes our CLIP, so that its weights can be inherited; any other only teaches.

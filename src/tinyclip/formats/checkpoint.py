@@ -1,6 +1,7 @@
 """Our own format: a directory that describes itself.
 
-    config.json         {"format": "tinyclip", "version": 1, "model": CLIPConfig, and what the writer adds}
+    config.json         {"format": "tinyclip", "version": 1, "model": CLIPConfig, "provenance": Provenance (where it
+                        knows), and what the writer adds}
     model.safetensors   the weights, under the names of model.py
     preprocess.json     how it reads pictures (where it knows)
     tokenizer.json      how it reads captions (where it knows); Hugging Face `tokenizers`
@@ -21,6 +22,7 @@ from tinyclip.formats import huggingface, weights, zoo
 from tinyclip.formats.files import read_json, validated, whole, write_json
 from tinyclip.formats.open_clip import config_from_open_clip, from_open_clip, has_their_names
 from tinyclip.formats.openai import from_openai, is_openai
+from tinyclip.formats.provenance import Provenance, entry
 from tinyclip.formats.release import from_release, is_release
 from tinyclip.model import CLIP, CLIPConfig
 from tinyclip.preprocess import Preprocess
@@ -81,6 +83,7 @@ def _is_model(directory: Path) -> bool:
 def write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
     """The files of a model, into a directory that is there."""
     settings = {"format": FORMAT, "version": VERSION, "model": model.config.model_dump(mode="json")}
+    settings |= entry(model.provenance)
     assert not settings.keys() & extra.keys(), f"extra: {', '.join(settings)} are ours, got {', '.join(extra)}"
     write_json(directory / "config.json", {**settings, **extra})
     weights.write(model.state_dict(), directory / "model.safetensors")
@@ -94,8 +97,17 @@ def _load_directory(path: Path, device: str | torch.device) -> CLIP:
     directory = path if (path / "config.json").is_file() else path / "model"
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model (config.json) or a run (model/config.json), found neither")
-    if huggingface.is_theirs(read_json(directory / "config.json")):
-        return huggingface.from_huggingface_dir(directory, device)
+    settings = read_json(directory / "config.json")
+    if huggingface.is_theirs(settings):
+        model = huggingface.from_huggingface_dir(directory, device)
+    else:
+        model = _load_ours(directory, device)
+    if "provenance" in settings:
+        model.provenance = validated(Provenance, settings["provenance"], f"{directory / 'config.json'}: provenance")
+    return model
+
+
+def _load_ours(directory: Path, device: str | torch.device) -> CLIP:
     model = _load_weights(directory / "model.safetensors", _as_config(directory / "config.json"), device)
     image, text = model.config.image, model.config.text
     if (file := directory / "preprocess.json").is_file():

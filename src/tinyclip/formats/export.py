@@ -17,6 +17,7 @@ from torch import Tensor
 from tinyclip.data.scenes import Scenes
 from tinyclip.formats import checkpoint, huggingface, open_clip, uniform, weights
 from tinyclip.formats.files import whole
+from tinyclip.formats.provenance import license_line
 from tinyclip.model import CLIP
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def export(
     pad         first make all blocks alike with zeros, exact in value (`uniform.pad`)
     verify      let the target library read it back, and compare unit features of pictures and captions
 
+    What is known of the licences is said at the end, with a warning where one restricts what may be done with it.
+
     Raises ValueError for a model that the format cannot hold, and where features differ by more than 1e-5 or pixels by
     more than 8 of 255 levels; FileExistsError where something is in the way. Then nothing is left behind.
     """
@@ -81,6 +84,7 @@ def export(
                 )
         else:
             say("not verified: nothing has read it back")
+    say(license_line(model.provenance))
     return result
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinyclip.formats import weights
 from tinyclip.formats.files import read_json, validated, write_json
+from tinyclip.formats.provenance import entry
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, TextConfig, TowerConfig
 from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
@@ -31,6 +32,7 @@ HUB = "hf:"
 FILES = [  # what is fetched from the hub
     *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    "preprocess.json",  # of a directory of ours
 ]
 RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 LEGACY_EOS = 2  # configs with this id mean that a text ends at its largest id, which is our rule
@@ -369,7 +371,7 @@ def _read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
 
 def to_huggingface_dir(model: CLIP, directory: Path) -> None:
     """Write the files of a CLIPModel into a directory that is there. Raises ValueError for a model that is not one."""
-    write_json(directory / "config.json", config_to_huggingface(model.config))
+    write_json(directory / "config.json", {**config_to_huggingface(model.config), **entry(model.provenance)})
     weights.write(to_huggingface(model), directory / "model.safetensors")
     write_processor(model, directory)
 

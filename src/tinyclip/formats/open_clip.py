@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinyclip.formats import huggingface, weights
 from tinyclip.formats.files import write_json
+from tinyclip.formats.provenance import entry
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
 from tinyclip.preprocess import Preprocess
@@ -294,6 +295,15 @@ def load_pretrained(name: str) -> Pretrained:
     return Pretrained(model, model_cfg, _preprocess(model.visual.preprocess_cfg, name), reader)
 
 
+def on_the_hub(name: str) -> str | None:
+    """The hub's name of `ARCHITECTURE/TAG`, where open_clip downloads it from there."""
+    import open_clip
+
+    architecture, _, tag = name.partition("/")
+    hub = (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("hf_hub", "")
+    return "/".join(hub.split("/")[:2]) or None
+
+
 def to_open_clip_dir(model: CLIP, directory: Path) -> None:
     """Write what open_clip loads as local-dir:DIRECTORY, into a directory that is there.
 
@@ -311,7 +321,8 @@ def to_open_clip_dir(model: CLIP, directory: Path) -> None:
         "interpolation": preprocess.interpolation,
         "resize_mode": preprocess.resize,
     }
-    write_json(directory / "open_clip_config.json", {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg, **entry(model.provenance)}
+    write_json(directory / "open_clip_config.json", settings)
     weights.write(to_open_clip(model), directory / "open_clip_model.safetensors")
 
 

@@ -38,7 +38,9 @@ def pad(model: CLIP) -> CLIP:
             "text": text.model_copy(update={"blocks": _padded("text", text)}),
         }
     )
-    padded = CLIP(config, preprocess=model.preprocess, tokenizer=model.tokenizer).to(model.device)
+    padded = CLIP(config, preprocess=model.preprocess, tokenizer=model.tokenizer, provenance=model.provenance).to(
+        model.device
+    )
     rooms = {name: torch.atleast_1d(room.zero_()) for name, room in padded.state_dict().items()}  # views
     for name, weight in model.state_dict().items():
         room = rooms[name.replace("attention.bias", "attention.out.bias").replace("ffn.bias", "ffn.down.bias")]

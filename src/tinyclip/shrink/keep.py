@@ -114,7 +114,12 @@ class Keep(Config):
 def take(model: CLIP, keep: Keep) -> CLIP:
     """A smaller model with copies of the surviving weights, on the same device. Raises ValueError for a bad keep."""
     with torch.device("meta"):
-        small = CLIP(keep.shrink(model.config), preprocess=model.preprocess, tokenizer=model.tokenizer)
+        small = CLIP(
+            keep.shrink(model.config),
+            preprocess=model.preprocess,
+            tokenizer=model.tokenizer,
+            provenance=model.provenance,
+        )
     weights = {"logit_scale": model.logit_scale.clone()}
     for tower, tower_config, tower_keep in (
         ("image", model.config.image, keep.image),
