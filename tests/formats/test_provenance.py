@@ -11,7 +11,16 @@ from tests.formats.test_export import IRREGULAR, UNIFORM, toy
 from tinyclip.compress import compress
 from tinyclip.data.spec import DataSpec
 from tinyclip.formats.export import export
-from tinyclip.formats.provenance import Origin, Provenance, ancestors, hub_name, license_line, model_origin, public
+from tinyclip.formats.provenance import (
+    UNKNOWN,
+    Origin,
+    Provenance,
+    ancestors,
+    hub_name,
+    license_line,
+    model_origin,
+    public,
+)
 from tinyclip.formats.uniform import pad
 from tinyclip.recipes import load_recipe
 from tinyclip.shrink.keep import Keep, take
@@ -129,8 +138,8 @@ def test_a_licence_that_restricts_says_so_in_its_name(license, restriction):
         ("open_clip:ViT-B-32-quickgelu/metaclip_400m", "timm/vit_base_patch32_clip_224.metaclip_400m", "cc-by-nc-4.0"),
         ("open_clip:ViT-B-32/openai", "timm/vit_base_patch32_clip_224.openai", "unknown"),
         ("open_clip:ViT-B-32/file.pt", None, "unknown"),
-        ("hf:laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", "mit"),
-        ("tinyclip:ViT-39M-16-Text-19M-YFCC15M/x.pt", "wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M", "mit"),
+        ("hf:laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", UNKNOWN),
+        ("tinyclip:ViT-39M-16-Text-19M-YFCC15M/x.pt", "wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M", UNKNOWN),
         ("local-dir:mine", None, "unknown"),
         ("runs/mine", None, "unknown"),
     ],

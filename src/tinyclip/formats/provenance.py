@@ -13,12 +13,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 UNKNOWN = "unknown"
-CARDS = {  # the licence on the hub's cards, by the model's name there
+CARDS = {  # the licence on the hub's cards, by the model's name there; only what was read there
     "laion/CLIP-*-laion2B-*": "mit",
-    "laion/CLIP-*-DataComp.XL-*": "mit",
     "facebook/metaclip-*": "cc-by-nc-4.0",
     "timm/*.metaclip_*": "cc-by-nc-4.0",
-    "wkcn/TinyCLIP-*": "mit",
 }
 RESTRICTIONS = {  # what is in a licence's name
     r"\bnc\b|non-?commercial": "non-commercial use only",
