@@ -32,7 +32,7 @@ def auto_25(teacher: str, data: str) -> Recipe:
     tinyclip compress auto_25 --teacher open_clip:ViT-B-32/laion2b_s34b_b79k --data 'shards/{000..999}.tar' --run R
 
     Each stage learns masks for 1,500 steps and distils for two epochs at batch 1,024. No score is promised: none has
-    been measured with this preset at that size. The published 25 % model was trained 32 times longer (`paper_auto_25`).
+    been measured with this preset at that size. The published recipe, with far more samples, is `paper_auto_25`.
     """
     return _progressive(teacher, data, keep=(0.75, 0.5, 0.25), learn_masks=True)
 
@@ -70,7 +70,7 @@ def paper_auto_25(teacher: str, data: str) -> Recipe:
 
     Settings of the official scripts (wkcn/TinyCLIP, script/auto_weight_inherit_100to75.sh): lr 1e-4 with 3,000 steps of
     warm-up and a cosine, weight decay 0.2, gradient norm 5, both scales 50; masks are cut at step 3,000 of a stage, the
-    target sparsity rises over the first 1,000. It ran on 32 V100; here micro-batches give the same batch on fewer.
+    target sparsity rises over the first 1,000. It ran on 4 nodes of 8 GPUs; here micro-batches give the same batch on one.
     """
     steps_per_epoch = 400_000_000 // 32_768
     return _progressive(
