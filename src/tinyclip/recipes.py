@@ -70,7 +70,7 @@ def paper_auto_25(teacher: str, data: str) -> Recipe:
 
     Settings of the official scripts (wkcn/TinyCLIP, script/auto_weight_inherit_100to75.sh): lr 1e-4 with 3,000 steps of
     warm-up and a cosine, weight decay 0.2, gradient norm 5, both scales 50; masks are cut at step 3,000 of a stage, the
-    target sparsity rises over the first 1,000. It ran on 4 nodes of 8 GPUs; here micro-batches give the same batch on one.
+    target sparsity rises over the first 1,000. It ran on 32 GPUs; micro-batches give the same batch on one.
     """
     steps_per_epoch = 400_000_000 // 32_768
     return _progressive(
