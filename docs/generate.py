@@ -110,27 +110,18 @@ def names() -> Iterator[str]:
 
 
 def architectures() -> Iterator[str]:
-    """The published architectures and what `cost` counts. Of a ResNet model the text tower alone can be counted."""
+    """The published architectures and what `cost` counts."""
     yield from _table("architecture", "image", "text", "token embedding", "all", "image MACs", "text MACs")
     for name, model_cfg in zoo.ARCHITECTURES.items():
-        has_vit = not _has_resnet(model_cfg)
-        config = open_clip.config_from_open_clip(model_cfg if has_vit else {**model_cfg, "vision_cfg": {}})
-        counts = asdict(cost(config)).items()
-        cells = (f"{count:,}" if has_vit or field.startswith(("text", "token")) else "" for field, count in counts)
-        yield _row(f"`{name}`", *cells)
+        counts = asdict(cost(open_clip.config_from_open_clip(model_cfg))).values()
+        yield _row(f"`{name}`", *(f"{count:,}" for count in counts))
 
 
 def checkpoints() -> Iterator[str]:
-    yield from _table("name", "is read", "known SHA-256")
+    yield from _table("name", "sizes", "known SHA-256")
     for (architecture, data), sha256 in zoo.CHECKPOINTS.items():
-        how = f"sizes from the file, pruned from `{zoo.PRUNED[architecture]}`" if architecture in zoo.PRUNED else "yes"
-        if _has_resnet(zoo.parse(architecture).model_cfg):
-            how = "no: a ResNet"
+        how = f"from the file, pruned from `{zoo.PRUNED[architecture]}`" if architecture in zoo.PRUNED else "as above"
         yield _row(f"`{zoo.PREFIX}{architecture}-{data}`", how, f"`{sha256}`" if sha256 else "none")
-
-
-def _has_resnet(model_cfg: dict[str, Any]) -> bool:
-    return isinstance(model_cfg["vision_cfg"]["layers"], tuple)
 
 
 PARTS = {

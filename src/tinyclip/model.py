@@ -1,8 +1,9 @@
-"""The model: two transformers, one for images and one for captions, that meet in one embedding space.
+"""The model: two towers, one for images and one for captions, that meet in one embedding space.
 
-Every block says how many heads and FFN neurons it has, so a shrunk student is an ordinary instance of
-the same classes. Read top-down: configs, blocks, towers, CLIP. Source of the architecture: Radford et al.,
-"Learning Transferable Visual Models From Natural Language Supervision" (2021); equal to open_clip's ViT towers.
+Here are the transformers; the other image tower, a ResNet, is model_resnet.py. Every block says how many heads and FFN
+neurons it has, so a shrunk student is an ordinary instance of the same classes. Read top-down: configs, blocks, towers,
+CLIP. Source of the architecture: Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision" (2021); equal to open_clip's towers.
 
 A *gate* is a value in [0, 1] that multiplies a head, an FFN neuron or a channel of the residual stream
 (`Gates` below). `shrink/masks.py` learns gates, `shrink/keep.py` cuts what they close.
@@ -13,15 +14,17 @@ Shape legend: B pairs, L tokens, D width, H heads, K head dim, F FFN neurons, E 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tinyclip.config import Config
+from tinyclip.model_resnet import ResNetConfig, ResNetGates, ResNetTower, initialise_resnet
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
@@ -31,12 +34,6 @@ if TYPE_CHECKING:
     from tinyclip.formats.provenance import Provenance
 
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
-
-
-class Config(BaseModel):
-    """A frozen value: keyword-only, unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BlockConfig(Config):
@@ -82,13 +79,18 @@ class TextConfig(TowerConfig):
     vocab_size: int = Field(gt=2, le=2**24)
 
 
+def _kind(image: Any) -> str:
+    """A ResNet's config, or what is to become one, has stages."""
+    return "resnet" if isinstance(image, ResNetConfig) or (isinstance(image, dict) and "stages" in image) else "vit"
+
+
 class CLIPConfig(Config):
     """Everything that decides the shapes and the arithmetic of a model."""
 
     embed_dim: int = Field(gt=0, le=65536)
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
-    norm_eps: float = Field(default=1e-5, gt=0)
-    image: ImageConfig
+    activation: Literal["gelu", "quick_gelu"] = Field(default="gelu", description="in transformer blocks")
+    norm_eps: float = Field(default=1e-5, gt=0, description="of LayerNorms")
+    image: Annotated[Annotated[ImageConfig, Tag("vit")] | Annotated[ResNetConfig, Tag("resnet")], Discriminator(_kind)]
     text: TextConfig
 
     @property
@@ -101,9 +103,9 @@ class CLIPConfig(Config):
         *,
         embed_dim: int,
         image_size: int,
-        patch_size: int,
+        patch_size: int | None = None,
         image_width: int,
-        image_layers: int,
+        image_layers: int | tuple[int, ...],
         text_width: int,
         text_layers: int,
         context_length: int = 77,
@@ -113,6 +115,7 @@ class CLIPConfig(Config):
     ) -> CLIPConfig:
         """The usual shape: every block alike, width / head_dim heads, 4 x width neurons.
 
+        The image tower is a ResNet where `image_layers` are four numbers and there is no patch size.
         Raises ValueError where a width is not a multiple of the head size.
         """
 
@@ -121,16 +124,27 @@ class CLIPConfig(Config):
                 raise ValueError(f"{tower} width {width} is not a multiple of the head size {head_dim}")
             return (BlockConfig(heads=width // head_dim, ffn=4 * width),) * layers
 
-        return cls(
-            embed_dim=embed_dim,
-            activation=activation,
-            image=ImageConfig(
+        if isinstance(image_layers, int) and patch_size is not None:
+            image = ImageConfig(
                 width=image_width,
                 head_dim=head_dim,
                 blocks=blocks("image", image_width, image_layers),
                 image_size=image_size,
                 patch_size=patch_size,
-            ),
+            )
+        elif not isinstance(image_layers, int) and patch_size is None:
+            image = ResNetConfig.uniform(
+                image_size=image_size, width=image_width, layers=image_layers, head_dim=head_dim
+            )
+        else:
+            raise ValueError(
+                "expected a number of image layers and a patch size (a ViT), or four numbers of layers and no patch "
+                f"size (a ResNet), got {image_layers} and {patch_size}"
+            )
+        return cls(
+            embed_dim=embed_dim,
+            activation=activation,
+            image=image,
             text=TextConfig(
                 width=text_width,
                 head_dim=head_dim,
@@ -148,10 +162,23 @@ class TowerGates(NamedTuple):
     heads: tuple[Tensor, ...]  # per block [H]
     ffn: tuple[Tensor, ...]  # per block [F]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> TowerGates:
+        return TowerGates(function(self.width_D), tuple(map(function, self.heads)), tuple(map(function, self.ffn)))
+
+    def flat(self) -> list[Tensor]:
+        return [self.width_D, *self.heads, *self.ffn]
+
 
 class Gates(NamedTuple):
-    image: TowerGates
+    image: TowerGates | ResNetGates
     text: TowerGates
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Gates:
+        """`function` of every gate vector, in the order of `flat`."""
+        return Gates(self.image.map(function), self.text.map(function))
+
+    def flat(self) -> list[Tensor]:
+        return [*self.image.flat(), *self.text.flat()]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -329,7 +356,7 @@ class TextTower(Tower):
         if width_D is not None:
             x_BLD = x_BLD * width_D.to(x_BLD.dtype)
         x_BLD = self.run_blocks(x_BLD, gates)
-        x_BD = x_BLD[torch.arange(len(tokens_BL), device=tokens_BL.device), tokens_BL.argmax(-1)]
+        x_BD = x_BLD[torch.arange(tokens_BL.shape[0], device=tokens_BL.device), tokens_BL.argmax(-1)]
         return self.projection(self.norm_final(x_BD, width_D))
 
 
@@ -350,7 +377,11 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         self.config, self.preprocess, self.tokenizer, self.provenance = config, preprocess, tokenizer, provenance
-        self.image = ImageTower(config.image, config)
+        self.image: ImageTower | ResNetTower
+        if isinstance(config.image, ResNetConfig):
+            self.image = ResNetTower(config.image, config.embed_dim)
+        else:
+            self.image = ImageTower(config.image, config)
         self.text = TextTower(config.text, config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -410,10 +441,10 @@ class CLIP(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"expected pixels [B, 3, {size}, {size}], got shape {tuple(pixels.shape)}")
         if pixels.dtype != torch.uint8:
-            return pixels.to(self.image.patch.weight.dtype)
+            return pixels.to(self.logit_scale.dtype)
         if self.preprocess is None:
             raise ValueError("this model came without preprocessing: expected normalised float pixels, got uint8")
-        return self.preprocess.normalise(pixels).to(self.image.patch.weight.dtype)
+        return self.preprocess.normalise(pixels).to(self.logit_scale.dtype)
 
     def set_recompute(self, on: bool) -> None:
         """Gradient checkpointing: trade one more forward pass for the activations inside the blocks."""
@@ -435,8 +466,8 @@ def initialise(model: CLIP, generator: torch.Generator) -> CLIP:
     def normal_(parameter: Tensor, std: float) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    for tower, config in ((model.image, model.config.image), (model.text, model.config.text)):
-        D, residual_std = config.width, (2 * len(config.blocks) * config.width) ** -0.5
+    def transformer(tower: ImageTower | TextTower, D: int) -> None:
+        residual_std = (2 * len(tower.blocks) * D) ** -0.5
         for block in tower.blocks:
             if isinstance(block.attention, Attention):
                 normal_(block.attention.qkv.weight, D**-0.5)
@@ -445,13 +476,20 @@ def initialise(model: CLIP, generator: torch.Generator) -> CLIP:
                 normal_(block.ffn.up.weight, (2 * D) ** -0.5)
                 normal_(block.ffn.down.weight, residual_std)
         normal_(tower.projection.weight, D**-0.5)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.zero_()
-    D = model.config.image.width
-    normal_(model.image.patch.weight, model.image.patch.in_features**-0.5)
-    normal_(model.image.class_embedding, D**-0.5)
-    normal_(model.image.position, D**-0.5)
+        for name, parameter in tower.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+
+    image, D = model.image, model.config.image.width
+    if isinstance(image, ResNetTower):
+        initialise_resnet(image, normal_)
+    else:
+        transformer(image, D)
+    transformer(model.text, model.config.text.width)
+    if isinstance(image, ImageTower):
+        normal_(image.patch.weight, image.patch.in_features**-0.5)
+        normal_(image.class_embedding, D**-0.5)
+        normal_(image.position, D**-0.5)
     normal_(model.text.token_embedding.weight, 0.02)
     normal_(model.text.position, 0.01)
     model.logit_scale.fill_(math.log(1 / 0.07))

@@ -91,6 +91,22 @@ def paper_manual_50(teacher: str, data: str) -> Recipe:
 
     Shapes of the published models; the schedule is that of `paper_auto_25`, 6 epochs a stage at batch 32,768.
     """
+    return _paper_manual(teacher, data, {"manual-75": (640, 9), "manual-50": (512, 6)})
+
+
+def paper_resnet_50(teacher: str, data: str) -> Recipe:
+    """The published ResNet students: RN50 to ResNet-30M + 29M to ResNet-19M + 19M, cut as the official code does.
+
+    tinyclip compress paper_resnet_50 --teacher open_clip:RN50-quickgelu/openai --data 'laion/{0..41455}.tar' --run R
+
+    Shapes of the published models, of which the teacher is not known here; the schedule is that of `paper_auto_25`, 6
+    epochs a stage at batch 32,768. BatchNorms see micro-batches of 1,024.
+    """
+    return _paper_manual(teacher, data, {"manual-75": (56, 9), "manual-50": (44, 6)})
+
+
+def _paper_manual(teacher: str, data: str, sizes: Mapping[str, tuple[int, int]]) -> Recipe:
+    """`sizes` of the stages: width of the image tower, layers of the text tower."""
     steps = 6 * (400_000_000 // 32_768)
     train = _PAPER.model_copy(update={"steps": steps, "warmup_steps": 3000})
 
@@ -104,7 +120,7 @@ def paper_manual_50(teacher: str, data: str) -> Recipe:
     return Recipe(
         teacher=teacher,
         data=DataConfig(train=DataSpec.parse(data), workers=8),
-        stages=(stage("manual-75", 640, 9), stage("manual-50", 512, 6)),
+        stages=tuple(stage(name, *size) for name, size in sizes.items()),
     )
 
 
@@ -252,6 +268,7 @@ PRESETS: Mapping[str, Callable[..., Recipe]] = {
         one_shot_25,
         paper_auto_25,
         paper_manual_50,
+        paper_resnet_50,
         demo_teacher,
         demo,
         demo_manual,

@@ -18,13 +18,13 @@ from tinyclip.tokenizer import Tokenizer
 
 
 class Scratch(Config):
-    """A random start: every block alike, width / head_dim heads and 4 x width neurons."""
+    """A random start: every block alike, width / head_dim heads and 4 x width neurons; or a stock ResNet for images."""
 
     embed_dim: int = Field(gt=0)
     image_size: int = Field(gt=0)
-    patch_size: int = Field(gt=0)
+    patch_size: int | None = Field(default=None, gt=0, description="a ResNet has none")
     image_width: int = Field(gt=0)
-    image_layers: int = Field(gt=0)
+    image_layers: int | tuple[int, int, int, int] = Field(description="of a ResNet four numbers: blocks of each stage")
     text_width: int = Field(gt=0)
     text_layers: int = Field(gt=0)
     context_length: int = Field(default=77, gt=1)
@@ -55,7 +55,9 @@ def starting_point(start: str | Scratch | Like | None, teacher: Teacher | None, 
             assert teacher is not None, "a recipe has a teacher or a start"
             parent = teacher
     if parent.clip is None:
-        raise ValueError(f"{parent.name} can only teach ({parent.teach_only}); name a ViT-CLIP or a shape as `start`")
+        raise ValueError(
+            f"{parent.name} can only teach ({parent.teach_only}); name a ViT- or ResNet-CLIP or a shape as `start`"
+        )
     return copy.deepcopy(parent.clip)
 
 

@@ -87,14 +87,15 @@ def test_embeddings_equal_open_clip(kind, tmp_path):
     assert teacher.tokenizer == Tokenizer.openai(11)
 
 
-def test_a_vit_can_be_inherited_and_others_say_why_not(tmp_path):
+def test_vits_and_resnets_can_be_inherited_and_others_say_why_not(tmp_path):
     teachers = {kind: load_teacher(write_local_dir(tmp_path / kind, kind)) for kind in MODELS}
     clip = teachers["vit"].clip
     assert clip is not None and clip.config.activation == "quick_gelu" and clip.tokenizer == Tokenizer.openai(11)
     assert not clip.training and teachers["vit"].teach_only is None
-    assert teachers["resnet"].clip is None and "vision_cfg.layers" in teachers["resnet"].teach_only
+    resnet = teachers["resnet"].clip
+    assert resnet is not None and [len(blocks) for blocks in resnet.config.image.stages] == [1, 1, 1, 1]
     assert teachers["siglip-like"].clip is None and "vision_cfg.pool_type" in teachers["siglip-like"].teach_only
-    assert not teachers["resnet"].model.training
+    assert not teachers["siglip-like"].model.training
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

@@ -95,7 +95,8 @@ def test_every_config_that_open_clip_ships_is_converted_or_refused_with_a_field(
             k.removeprefix("text."): v for k, v in _shapes(_on_meta(kind, **model_cfg).state_dict()).items()
         }
     assert {"ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"} <= set(converted)
-    assert not any(name.startswith(("RN", "coca", "EVA", "ViT-B-16-SigLIP", "convnext")) for name in converted)
+    assert {"RN50", "RN101-quickgelu", "RN50x4", "RN50x16", "RN50x64"} <= set(converted)
+    assert not any(name.startswith(("coca", "EVA", "ViT-B-16-SigLIP", "convnext")) for name in converted)
 
 
 def _on_meta(build, *arguments, **fields):
@@ -111,7 +112,10 @@ def _shapes(state) -> dict:
 @pytest.mark.parametrize(
     "model_cfg, field",
     [
-        (changed("vision_cfg", layers=[2, 2, 2, 2]), "vision_cfg.layers"),
+        (changed("vision_cfg", layers=[2, 2, 2]), "vision_cfg.layers"),
+        (changed("vision_cfg", layers=[2, 2, 2, 0]), "vision_cfg.layers"),
+        (changed("vision_cfg", layers=[2, 2, 2, 2]), "vision_cfg: image_size: expected a multiple of 32, got 16"),
+        (changed("vision_cfg", patch_size=None), "vision_cfg.patch_size: expected one for 2 layers, got none"),
         (changed("vision_cfg", timm_model_name="resnet18"), "vision_cfg.timm_model_name"),
         (changed("vision_cfg", ls_init_value=0.1), "vision_cfg.ls_init_value"),
         (changed("vision_cfg", attentional_pool=True), "vision_cfg.attentional_pool"),

@@ -106,7 +106,7 @@ def test_a_state_dict_of_an_archive_is_enough(their_model, tmp_path):
 @pytest.mark.parametrize(
     "name, tensor, message",
     [
-        ("visual.layer1.0.conv1.weight", torch.zeros(1), "its image tower is a ResNet, which tinyclip does not build"),
+        ("visual.layer1.0.conv1.weight", torch.zeros(1), "expected visual.layer1.0.conv1.weight with 4 axes"),
         ("visual.conv1.weight", torch.zeros(96, 3, 8, 8), "image width 96 is not a multiple of the head size 64"),
         (
             "visual.conv1.weight",

@@ -261,7 +261,7 @@ def test_a_budget_below_one_head_and_neuron_per_block_is_refused(share):
         ({"layer_choice": (1, 0)}, r"layer_choice: expected layers in ascending order, got \[1, 0\]"),
         ({"layer_choice": ()}, r"layer_choice: expected layers in ascending order, got \[\]"),
         ({"layer_choice": (1, 1)}, "layer_choice: expected layers in ascending order"),
-        ({"layers": 0}, "layers\n.*greater than 0"),
+        ({"layers": 0}, "layers: expected at least 1, got 0"),
         ({"depth": 3}, "depth\n.*not permitted"),
     ],
 )

@@ -87,7 +87,7 @@ def test_the_taken_model_shares_no_memory_with_the_model():
 def test_the_cut_model_equals_the_gated_model(activation, closed, seed):
     model = tiny_clip(activation)
     gates = random_gates(model, closed, seed)
-    cut = take(fold(model, gates), Keep.open_gates(gates))
+    cut = take(fold(model, gates), Keep.open_gates(model.config, gates))
     pixels, tokens = inputs()
     assert_same_features(cut(pixels, tokens), model(pixels, tokens, gates))
     if closed == 1.0:
@@ -96,9 +96,9 @@ def test_the_cut_model_equals_the_gated_model(activation, closed, seed):
 
 def test_two_cuts_equal_one():
     model = tiny_clip()
-    first = Keep.open_gates(random_gates(model, 0.3, seed=5))
+    first = Keep.open_gates(model.config, random_gates(model, 0.3, seed=5))
     once = take(model, first)
-    second = Keep.open_gates(random_gates(once, 0.3, seed=6))
+    second = Keep.open_gates(once.config, random_gates(once, 0.3, seed=6))
 
     def compose(a: TowerKeep, b: TowerKeep) -> TowerKeep:
         def through(outer, inner):

@@ -193,7 +193,7 @@ def test_the_cut_golden_model_equals_the_official_masked_one(shared):
     """The official cut differs from its own masked model by 14 to 17 % of the largest feature; ours does not."""
     golden, model = golden_model(shared)
     gates = golden_gates(golden, "mask/{tower}/{group}")
-    cut = take(fold(model, gates), Keep.open_gates(gates))
+    cut = take(fold(model, gates), Keep.open_gates(model.config, gates))
     assert [block.heads for block in cut.config.image.blocks] == [4, 0, 2, 3]
     assert [block.ffn for block in cut.config.text.blocks] == [124, 10, 134, 91]
     pixels, tokens = golden["pixels"].double(), golden["tokens"]
@@ -238,7 +238,7 @@ def test_gates_that_met_the_constraint_are_cut_as_expected():
         for log_alpha in gates.parameters():
             log_alpha.fill_(-9.0)
             log_alpha[::2] = 9.0
-    expected = Keep.open_gates(gates.map(lambda log_alpha: (log_alpha > 0).float()))
+    expected = Keep.open_gates(gates.config, gates.map(lambda log_alpha: (log_alpha > 0).float()))
     assert survivors(gates, expected.shrink(config).prunable_params) == expected
 
 
@@ -261,7 +261,7 @@ def test_gates_with_their_survivors_equal_the_cut_model():
             log_alpha += torch.randn(log_alpha.shape, generator=generator, dtype=torch.float64)
     keep = survivors(gates, model.config.prunable_params // 2)
     values = gates.values(keep)
-    assert Keep.open_gates(values) == keep
+    assert Keep.open_gates(gates.config, values) == keep
     cut = take(fold(model, values), keep)
     pixels = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     tokens = torch.tensor([[28, 3, 29], [28, 29, 0]])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,10 +16,15 @@ from torch.nn import functional as F
 
 from tinyclip.data.loader import Reader
 from tinyclip.formats import checkpoint
-from tinyclip.formats.open_clip import TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
+from tinyclip.formats.files import read_json
+from tinyclip.formats.open_clip import CONFIG_FILE, TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
+from tinyclip.formats.provenance import read_provenance
 from tinyclip.model import CLIP, unit
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
+
+LOCAL_DIR = "local-dir:"
+OPEN_CLIP = ("open_clip:", "hf-hub:", LOCAL_DIR)  # names that open_clip resolves
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +82,11 @@ def load_teacher(spec: str) -> Teacher:
     """A teacher in evaluation mode on the CPU, from what `checkpoint.load` reads without a config, or from open_clip:
 
     open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:ViT-B-32-quickgelu/path/to/file.pt, hf-hub:ORGANISATION/MODEL or
-    local-dir:DIRECTORY. A ViT-CLIP becomes our CLIP, so that its weights can be inherited; any other only teaches.
+    local-dir:DIRECTORY. A ViT- or ResNet-CLIP becomes our CLIP, so that its weights can be inherited; any other only
+    teaches.
     Raises ValueError or FileNotFoundError, one line.
     """
-    if spec.startswith(("open_clip:", "hf-hub:", "local-dir:")):
+    if spec.startswith(OPEN_CLIP):
         return _from_open_clip(spec)
     clip = checkpoint.load(spec)
     if clip.preprocess is None or clip.tokenizer is None:
@@ -104,5 +111,8 @@ def _from_open_clip(spec: str) -> Teacher:
             spec, found.preprocess, found.tokenizer, embed_dim, model.logit_scale.exp().item(), model, str(reason)
         )
     clip = from_open_clip(found.model.state_dict(), config, where=spec)
+    if spec.startswith(LOCAL_DIR):
+        file = Path(spec.removeprefix(LOCAL_DIR)) / CONFIG_FILE
+        clip.provenance = read_provenance(read_json(file), str(file))
     clip.preprocess, clip.tokenizer = found.preprocess, found.tokenizer
     return _from_clip(spec, clip)

@@ -28,6 +28,7 @@ from tinyclip.distill.metrics import JsonLines, Metrics, Tracker
 from tinyclip.distill.objective import Objective, projection, total_loss
 from tinyclip.distill.teacher import Teacher
 from tinyclip.model import CLIP, Config, Gates
+from tinyclip.model_resnet import frozen_statistics
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 
 MAX_NON_FINITE_STEPS = 20  # in a row: then the run has diverged
@@ -40,7 +41,10 @@ class TrainConfig(Config):
     epochs: float | None = Field(default=None, gt=0, description="visits to every image; or give steps")
     batch_size: int = Field(default=256, ge=2, description="pairs; the loss compares all of them")
     micro_batch_size: int | None = Field(
-        default=None, ge=1, description="pairs in memory at once; the gradient is exactly that of the whole batch"
+        default=None,
+        ge=1,
+        description="pairs in memory at once; the gradient is exactly that of the whole batch, but "
+        "BatchNorms (of ResNets) see these pairs alone",
     )
     lr: float = Field(default=5e-4, gt=0, description="the highest learning rate")
     warmup_steps: int = Field(default=50, ge=0, description="linear; then a cosine to 0")
@@ -328,8 +332,8 @@ def backward(
 
     An in-batch loss cannot be summed over micro-batches. So the embeddings of the whole batch are computed first
     without a graph, the loss gives their gradient, and each micro-batch is computed again and back-propagated from it:
-    exact, at the cost of one more forward pass. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under
-    Memory Limited Setup" (GradCache), RepL4NLP 2021.
+    exact, at the cost of one more forward pass; but a ResNet's BatchNorms see one micro-batch at a time. Source: Gao et
+    al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache), RepL4NLP 2021.
     """
     chunks = _micro_batches(inputs, config)
     if len(chunks) == 1:
@@ -339,13 +343,13 @@ def backward(
         loss.backward()
         return loss.detach(), terms
 
-    leaves = None if gates is None else _map_gates(gates, lambda gate: gate.detach().requires_grad_())
+    leaves = None if gates is None else gates.map(lambda gate: gate.detach().requires_grad_())
 
     def embed(rows: slice) -> tuple[Tensor, Tensor]:
         with _autocast(student.device, config):
             return student(inputs.pixels[rows], inputs.tokens[rows], leaves)
 
-    with torch.no_grad():
+    with torch.no_grad(), frozen_statistics(student):
         parts = [embed(rows) for rows in chunks]
     image_BE, text_BE = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
     loss, terms = loss_of(image_BE, text_BE)
@@ -353,19 +357,9 @@ def backward(
     for rows in chunks:
         torch.autograd.backward(embed(rows), (image_BE.grad[rows], text_BE.grad[rows]))  # type: ignore[index]
     if gates is not None and leaves is not None:
-        pairs = [(z, leaf.grad) for z, leaf in zip(_flat(gates), _flat(leaves), strict=True) if leaf.grad is not None]
+        pairs = [(z, leaf.grad) for z, leaf in zip(gates.flat(), leaves.flat(), strict=True) if leaf.grad is not None]
         torch.autograd.backward([z for z, _ in pairs], [grad for _, grad in pairs])
     return loss.detach(), terms
-
-
-def _map_gates(gates: Gates, function: Callable[[Tensor], Tensor]) -> Gates:
-    return Gates(
-        *(type(t)(function(t.width_D), tuple(map(function, t.heads)), tuple(map(function, t.ffn))) for t in gates)
-    )
-
-
-def _flat(gates: Gates) -> list[Tensor]:
-    return [gate for tower in gates for gate in (tower.width_D, *tower.heads, *tower.ffn)]
 
 
 def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:

@@ -6,8 +6,8 @@
     preprocess.json     how it reads pictures (where it knows)
     tokenizer.json      how it reads captions (where it knows); Hugging Face `tokenizers`
 
-`load` also reads Hugging Face directories, single checkpoint files in our names or in those of OpenAI, open_clip or
-TinyCLIP's releases, and published models by their names.
+`load` also reads directories of Hugging Face and open_clip, single checkpoint files in our names or in those of OpenAI,
+open_clip or TinyCLIP's releases, and published models by their names.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from tinyclip.formats import huggingface, weights, zoo
+from tinyclip.formats import huggingface, open_clip, weights, zoo
 from tinyclip.formats.files import read_json, validated, whole, write_json
 from tinyclip.formats.open_clip import config_from_open_clip, from_open_clip, has_their_names
 from tinyclip.formats.openai import from_openai, is_openai
-from tinyclip.formats.provenance import Provenance, entry
+from tinyclip.formats.provenance import entry, read_provenance
 from tinyclip.formats.release import from_release, is_release
 from tinyclip.model import CLIP, CLIPConfig
 from tinyclip.preprocess import Preprocess
@@ -55,6 +55,7 @@ def load(
 
     - a model directory, or a run's or stage's directory that holds one as model/;
     - a directory of Hugging Face transformers' CLIPModel, or hf:ORGANISATION/NAME for one on the hub;
+    - a directory that open_clip reads as local-dir:;
     - a .safetensors, .pt, .pth or .bin file, in our names or in those of OpenAI, open_clip or TinyCLIP's releases. It
       needs `config`, or is one of OpenAI's own: a CLIPConfig, or our config.json or an open_clip model config, each as
       a mapping or the path of a JSON file;
@@ -94,6 +95,8 @@ def write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
 
 
 def _load_directory(path: Path, device: str | torch.device) -> CLIP:
+    if open_clip.is_theirs(path):
+        return open_clip.from_open_clip_dir(path, device)
     directory = path if (path / "config.json").is_file() else path / "model"
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model (config.json) or a run (model/config.json), found neither")
@@ -102,8 +105,7 @@ def _load_directory(path: Path, device: str | torch.device) -> CLIP:
         model = huggingface.from_huggingface_dir(directory, device)
     else:
         model = _load_ours(directory, device)
-    if "provenance" in settings:
-        model.provenance = validated(Provenance, settings["provenance"], f"{directory / 'config.json'}: provenance")
+    model.provenance = read_provenance(settings, str(directory / "config.json"))
     return model
 
 

@@ -28,6 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
+UNION_TAGS = ("vit", "resnet")  # of CLIPConfig.image, which pydantic puts between the field and its own fields
+
+
 def write_json(path: Path, settings: Any) -> None:
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
@@ -38,7 +41,7 @@ def validated(kind: type[M], settings: Any, where: str) -> M:
         return kind.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the whole"
+        field = ".".join(str(part) for part in first["loc"] if part not in UNION_TAGS) or "the whole"
         raise ValueError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

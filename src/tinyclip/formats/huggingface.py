@@ -21,7 +21,7 @@ from tinyclip.formats import weights
 from tinyclip.formats.files import read_json, validated, write_json
 from tinyclip.formats.provenance import entry
 from tinyclip.formats.uniform import why_not
-from tinyclip.model import CLIP, BlockConfig, CLIPConfig, TextConfig, TowerConfig
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
 from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.tokenizer import END, START, Tokenizer
 
@@ -174,7 +174,7 @@ def from_huggingface_dir(directory: Path, device: str | torch.device = "cpu") ->
     config = config_from_huggingface(read_json(directory / "config.json"), where=str(directory / "config.json"))
     model = from_huggingface(_read_weights(directory), config, where=str(directory), device=device)
     model.preprocess = _read_preprocess(directory, config.image.image_size)
-    model.tokenizer = _read_tokenizer(directory, config.text)
+    model.tokenizer = read_tokenizer(directory, config.text)
     return model
 
 
@@ -224,6 +224,8 @@ def _from_tower(section: str, tower: _Tower, where: str) -> dict[str, Any]:
 def config_to_huggingface(config: CLIPConfig) -> dict[str, Any]:
     """transformers' config.json. Raises ValueError for a student that CLIPModel cannot describe."""
     image, text = config.image, config.text
+    if not isinstance(image, ImageConfig):
+        raise ValueError("CLIPModel's image tower is a transformer; this one is a ResNet")
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -265,7 +267,7 @@ def to_huggingface(model: CLIP) -> dict[str, Tensor]:
     """The weights in transformers' names and layouts. Raises ValueError for a block without heads or neurons."""
     state = {}
     for name, tensor in model.state_dict().items():
-        if name == "image.patch.weight":
+        if name == "image.patch.weight" and isinstance(model.config.image, ImageConfig):
             side = model.config.image.patch_size
             tensor = tensor.unflatten(1, (3, side, side))
         theirs = _their_names(name)
@@ -339,7 +341,7 @@ def _read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
     return validated(Preprocess, ours, str(file))
 
 
-def _read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
+def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
     """None where the directory has none. Raises ValueError for one that is not CLIP's byte pair encoding."""
     file, vocab_file, merges_file = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     theirs = None

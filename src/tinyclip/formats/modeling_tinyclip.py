@@ -1,10 +1,11 @@
-"""A CLIP whose blocks may differ in heads and neurons, for `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+"""A CLIP whose blocks may differ in size, for `AutoModel.from_pretrained(..., trust_remote_code=True)`.
 
 This file needs torch and transformers alone. `model` in config.json has the sizes: per tower the width, the head size
-and for every block its heads and FFN neurons. A block without heads or neurons still adds its output bias. A text ends
-at its largest token id. Otherwise it is CLIP (Radford et al. 2021), with the interface of transformers' CLIPModel.
+and for every block its heads and FFN neurons; of a ResNet the channels that its inner convolutions write. A block
+without heads or neurons still adds its output bias. A text ends at its largest token id. Otherwise it is CLIP (Radford
+et al. 2021), with the interface of transformers' CLIPModel.
 
-Shape legend: B pairs, L tokens, D width, H heads, K head dim, F FFN neurons, E embedding.
+Shape legend: B pairs, L tokens, D width, H heads, K head dim, F FFN neurons, E embedding, C channels, S side of a grid.
 """
 
 from __future__ import annotations
@@ -102,6 +103,88 @@ class ImageTower(nn.Module):
         return x_BLD, self.projection(self.norm_post(x_BLD[:, 0]))
 
 
+class Bottleneck(nn.Module):
+    def __init__(self, block: dict[str, int], channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        first, second = block["conv1"], block["conv2"]
+        self.conv1 = nn.Conv2d(channels_in, first, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.conv2 = nn.Conv2d(first, second, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(second)
+        self.pool = nn.AvgPool2d(stride)
+        self.conv3 = nn.Conv2d(second, channels_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        changes = stride > 1 or channels_in != channels_out
+        self.shortcut = Shortcut(channels_in, channels_out, stride) if changes else nn.Identity()
+
+    def forward(self, x_BCSS: Tensor) -> Tensor:
+        y_BCSS = F.relu(self.bn1(self.conv1(x_BCSS)))
+        y_BCSS = self.pool(F.relu(self.bn2(self.conv2(y_BCSS))))
+        return F.relu(self.bn3(self.conv3(y_BCSS)) + self.shortcut(x_BCSS))
+
+
+class Shortcut(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.pool = nn.AvgPool2d(stride)
+        self.conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x_BCSS: Tensor) -> Tensor:
+        return self.bn(self.conv(self.pool(x_BCSS)))
+
+
+class AttentionPool(nn.Module):
+    """The mean of the last grid asks, the grid and the mean answer."""
+
+    def __init__(self, features: int, head_dim: int, side: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.position = nn.Parameter(torch.zeros(side**2 + 1, features))
+        self.query = nn.Linear(features, features)
+        self.key = nn.Linear(features, features)
+        self.value = nn.Linear(features, features)
+
+    def forward(self, x_BCSS: Tensor) -> Tensor:
+        x_BLD = x_BCSS.flatten(2).transpose(1, 2)
+        x_BLD = torch.cat([x_BLD.mean(1, keepdim=True), x_BLD], dim=1) + self.position
+        parts = self.query(x_BLD[:, :1]), self.key(x_BLD), self.value(x_BLD)
+        q_BH1K, k_BHLK, v_BHLK = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in parts)
+        return F.scaled_dot_product_attention(q_BH1K, k_BHLK, v_BHLK).flatten(1)
+
+
+class ResNetTower(nn.Module):
+    def __init__(self, tower: dict[str, Any], model: dict[str, Any]):
+        super().__init__()
+        self.size, width = tower["image_size"], tower["width"]
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        blocks, channels_in = [], width
+        for stage, sizes in enumerate(tower["stages"]):
+            for index, block in enumerate(sizes):
+                stride, channels_out = 2 if index == 0 and stage > 0 else 1, width * 4 * 2**stage
+                blocks.append(Bottleneck(block, channels_in, channels_out, stride))
+                channels_in = channels_out
+        self.blocks = nn.ModuleList(blocks)
+        self.pool = AttentionPool(channels_in, tower["head_dim"], self.size // 32)
+        self.projection = nn.Linear(channels_in, model["embed_dim"])
+
+    def forward(self, pixels_BCSS: Tensor) -> tuple[Tensor, Tensor]:
+        if pixels_BCSS.shape[1:] != (3, self.size, self.size):
+            got = tuple(pixels_BCSS.shape)
+            raise ValueError(f"expected pixel_values [B, 3, {self.size}, {self.size}], got shape {got}")
+        x_BCSS = F.relu(self.bn1(self.conv1(pixels_BCSS.to(self.conv1.weight.dtype))))
+        x_BCSS = F.relu(self.bn2(self.conv2(x_BCSS)))
+        x_BCSS = F.avg_pool2d(F.relu(self.bn3(self.conv3(x_BCSS))), 2)
+        for block in self.blocks:
+            x_BCSS = block(x_BCSS)
+        return x_BCSS.flatten(2).transpose(1, 2), self.projection(self.pool(x_BCSS))
+
+
 class TextTower(nn.Module):
     def __init__(self, tower: dict[str, Any], model: dict[str, Any]):
         super().__init__()
@@ -127,7 +210,8 @@ class TinyCLIPModel(PreTrainedModel):
 
     def __init__(self, config: TinyCLIPConfig):
         super().__init__(config)
-        self.image = ImageTower(config.model["image"], config.model)
+        image = config.model["image"]
+        self.image = (ResNetTower if "stages" in image else ImageTower)(image, config.model)
         self.text = TextTower(config.model["text"], config.model)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.post_init()

@@ -2,6 +2,8 @@
 
 The only file that imports open_clip, and only where a pretrained model is asked for.
 
+A Vision Transformer's names are a table; a ResNet's blocks, numbered through here, are numbered by stage there.
+
 Shape legend: D width, E embedding, P patch side.
 """
 
@@ -18,11 +20,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from tinyclip.formats import huggingface, weights
-from tinyclip.formats.files import write_json
-from tinyclip.formats.provenance import entry
+from tinyclip.formats.files import read_json, write_json
+from tinyclip.formats.provenance import entry, read_provenance
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
-from tinyclip.preprocess import Preprocess
+from tinyclip.model_resnet import ResNetConfig
+from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +63,15 @@ TABLE = {  # our name: theirs; * is a block's number
     **{f"image.blocks.*.{ours}": f"visual.transformer.resblocks.*.{theirs}" for ours, theirs in BLOCK_TABLE.items()},
     **{f"text.blocks.*.{ours}": f"transformer.resblocks.*.{theirs}" for ours, theirs in BLOCK_TABLE.items()},
 }
+RESNET_TABLE = {  # our parts of a ResNet: theirs; the rest of a name is the same
+    "image.pool.position": "visual.attnpool.positional_embedding",
+    "image.pool.query": "visual.attnpool.q_proj",
+    "image.pool.key": "visual.attnpool.k_proj",
+    "image.pool.value": "visual.attnpool.v_proj",
+    "image.projection": "visual.attnpool.c_proj",
+    **{f"image.{layer}{number}": f"visual.{layer}{number}" for layer in ("conv", "bn") for number in (1, 2, 3)},
+}
+SHORTCUT_TABLE = {"shortcut.conv": "downsample.0", "shortcut.bn": "downsample.1"}
 LOST_BRANCH = (".attention.bias", ".ffn.bias")  # ours of a block without heads or neurons
 NOT_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}  # buffers of OpenAI's archives
 
@@ -67,10 +79,21 @@ NOT_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"} 
 WITHOUT_EFFECT = {
     *("custom_text", "init_logit_scale", "nonscalar_logit_scale", "patch_dropout"),
     *("attn_pooler_queries", "attn_pooler_heads", "pad_id", "eos_id"),
+    "use_pad_mask",  # padding comes after the end token, which a causal tower keeps from seeing it anyhow
     *("timm_pool", "timm_proj", "timm_drop", "timm_drop_path", "timm_model_pretrained"),
     *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
 }
 ORDINARY = {"pos_embed_type": "learnable", "proj_type": "linear", "block_type": "default"}  # else: None, False, 0, {}
+
+
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"  # of a local-dir
+TOKENIZER_FILE = "tokenizer.json"
+PREPROCESS_CFG = {  # open_clip's defaults
+    "mean": OPENAI_MEAN,
+    "std": OPENAI_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 
 
 class TeachOnly(ValueError):
@@ -88,12 +111,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+Layers = Annotated[int, Field(gt=0, le=1024)]
+
+
 class _Vision(_Section):
     width: int = Field(768, gt=0, le=65536)
-    layers: int = Field(12, gt=0, le=1024)
+    layers: Layers | tuple[Layers, Layers, Layers, Layers] = 12  # of a ResNet blocks per stage
     head_width: int = Field(64, gt=0)
     mlp_ratio: float = Field(4.0, gt=0, le=1024)
-    patch_size: Annotated[int, BeforeValidator(_side)] = 16
+    patch_size: Annotated[int | None, BeforeValidator(_side)] = 16  # a ResNet has none
     image_size: Annotated[int, BeforeValidator(_side)] = 224
     norm_kwargs: dict[str, float] | None = None
     pool_type: Literal["tok"] = "tok"
@@ -101,7 +127,7 @@ class _Vision(_Section):
 
 class _Text(_Section):
     width: int = Field(512, gt=0, le=65536)
-    layers: int = Field(12, gt=0, le=1024)
+    layers: Layers = 12
     heads: int = Field(8, gt=0)
     mlp_ratio: float = Field(4.0, gt=0, le=1024)
     context_length: int = 77
@@ -131,11 +157,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
             embed_dim=model.embed_dim,
             activation="quick_gelu" if model.quick_gelu else "gelu",
             **({"norm_eps": vision.norm_kwargs["eps"]} if vision.norm_kwargs else {}),
-            image=ImageConfig(
-                **_tower("vision_cfg", vision, vision.width // vision.head_width),
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-            ),
+            image=_image(vision),
             text=TextConfig(
                 **_tower("text_cfg", text, text.heads), context_length=text.context_length, vocab_size=text.vocab_size
             ),
@@ -143,13 +165,27 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
+        if not field:  # the sizes of an image tower do not go together
+            raise TeachOnly(f"open_clip's vision_cfg: {first['msg'].removeprefix('Value error, ')}") from None
         raise TeachOnly(f"open_clip's {field}: {first['msg']}, got {first['input']!r:.80}") from None
+
+
+def _image(vision: _Vision) -> ImageConfig | ResNetConfig:
+    if isinstance(vision.layers, tuple):
+        return ResNetConfig.uniform(
+            image_size=vision.image_size, width=vision.width, layers=vision.layers, head_dim=vision.head_width
+        )
+    if vision.patch_size is None:
+        raise TeachOnly(f"open_clip's vision_cfg.patch_size: expected one for {vision.layers} layers, got none")
+    tower = _tower("vision_cfg", vision, vision.width // vision.head_width)
+    return ImageConfig(**tower, image_size=vision.image_size, patch_size=vision.patch_size)
 
 
 def _tower(name: str, section: _Vision | _Text, heads: int) -> dict[str, Any]:
     if heads < 1 or section.width % heads:
         raise TeachOnly(f"open_clip's {name}.width: expected a multiple of {heads} heads, got {section.width}")
     block = BlockConfig(heads=heads, ffn=int(section.width * section.mlp_ratio))
+    assert isinstance(section.layers, int), "a transformer"
     return {"width": section.width, "head_dim": section.width // heads, "blocks": (block,) * section.layers}
 
 
@@ -169,13 +205,7 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
-        "vision_cfg": {
-            "image_size": image.image_size,
-            "patch_size": image.patch_size,
-            "head_width": image.head_dim,
-            **_uniform("image", image),
-            **norm,
-        },
+        "vision_cfg": _vision_cfg(image, norm),
         "text_cfg": {
             "context_length": text.context_length,
             "vocab_size": text.vocab_size,
@@ -184,6 +214,15 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
             **norm,
         },
     }
+
+
+def _vision_cfg(image: ImageConfig | ResNetConfig, norm: dict[str, Any]) -> dict[str, Any]:
+    sizes = {"image_size": image.image_size, "head_width": image.head_dim}
+    if isinstance(image, ImageConfig):
+        return {**sizes, "patch_size": image.patch_size, **_uniform("image", image), **norm}
+    if reason := why_not(image):
+        raise ValueError(f"open_clip's ResNets have stages all alike: {reason}; pad it, or export to huggingface")
+    return {**sizes, "patch_size": None, "width": image.width, "layers": [len(blocks) for blocks in image.stages]}
 
 
 def _uniform(name: str, tower: TowerConfig) -> dict[str, Any]:
@@ -222,10 +261,10 @@ def from_open_clip(
     weights.check(state, _theirs(kept, config), where)
 
     def ours(name: str) -> Tensor:
-        tensor = state[_their_name(name)]
+        tensor = state[_their_name(name, config)]
         if name == "image.patch.weight":
             return tensor.flatten(1)
-        return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
+        return tensor.T.contiguous() if _is_transposed(name, config) else tensor
 
     zeros = {name: torch.zeros(tensor.shape) for name, tensor in lost.items()}
     return weights.fill(model, {name: ours(name) for name in kept} | zeros, device)
@@ -234,19 +273,34 @@ def from_open_clip(
 def _theirs(ours: Mapping[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
     def theirs(name: str, tensor: Tensor) -> Tensor:
         if name == "image.patch.weight":
+            assert isinstance(config.image, ImageConfig), f"{name} in a ResNet"
             side = config.image.patch_size
             return tensor.unflatten(1, (3, side, side))
-        return tensor.T.contiguous() if name.endswith("projection.weight") else tensor
+        return tensor.T.contiguous() if _is_transposed(name, config) else tensor
 
-    return {_their_name(name): theirs(name, tensor) for name, tensor in ours.items()}
+    return {_their_name(name, config): theirs(name, tensor) for name, tensor in ours.items()}
+
+
+def _is_transposed(ours: str, config: CLIPConfig) -> bool:
+    """Projections are bare matrices there; that of a ResNet is a linear layer in both."""
+    is_resnet = isinstance(config.image, ResNetConfig)
+    return ours == "text.projection.weight" or (ours == "image.projection.weight" and not is_resnet)
 
 
 def has_their_names(state_dict: Mapping[str, Tensor]) -> bool:
     return any(name.removeprefix("module.").startswith("visual.") for name in state_dict)
 
 
-def _their_name(ours: str) -> str:
-    return weights.their_name(ours, TABLE, "open_clip")
+def _their_name(ours: str, config: CLIPConfig) -> str:
+    if not (isinstance(config.image, ResNetConfig) and ours.startswith("image.")):
+        return weights.their_name(ours, TABLE, "open_clip")
+    if ours.startswith("image.blocks."):
+        number, _, rest = ours.removeprefix("image.blocks.").partition(".")
+        place = list(config.image.blocks())[int(number)]
+        part, _, tensor = rest.rpartition(".")
+        return f"visual.layer{place.stage + 1}.{place.index}.{SHORTCUT_TABLE.get(part, part)}.{tensor}"
+    part, _, tensor = ours.rpartition(".")
+    return RESNET_TABLE[ours] if ours in RESNET_TABLE else f"{RESNET_TABLE[part]}.{tensor}"
 
 
 def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -313,7 +367,7 @@ def to_open_clip_dir(model: CLIP, directory: Path) -> None:
     assert model.preprocess is not None and model.tokenizer is not None, "checked by export"
     preprocess, model_cfg = model.preprocess, config_to_open_clip(model.config)
     if model.tokenizer != Tokenizer.openai(model.config.text.context_length):
-        model_cfg["text_cfg"]["hf_tokenizer_name"] = "tokenizer.json"  # any name: it is looked for in the directory
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = TOKENIZER_FILE  # any name: it is looked for in the directory
         huggingface.write_tokenizer(model.tokenizer, directory)
     preprocess_cfg = {
         "mean": preprocess.mean,
@@ -322,8 +376,38 @@ def to_open_clip_dir(model: CLIP, directory: Path) -> None:
         "resize_mode": preprocess.resize,
     }
     settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg, **entry(model.provenance)}
-    write_json(directory / "open_clip_config.json", settings)
-    weights.write(to_open_clip(model), directory / "open_clip_model.safetensors")
+    write_json(directory / CONFIG_FILE, settings)
+    weights.write(to_open_clip(model), directory / WEIGHTS_FILE)
+
+
+def is_theirs(directory: Path) -> bool:
+    return (directory / CONFIG_FILE).is_file()
+
+
+def from_open_clip_dir(directory: Path, device: str | torch.device = "cpu") -> CLIP:
+    """A CLIP from open_clip's local-dir, read without open_clip; with its preprocessing, tokenizer and provenance.
+
+    Raises ValueError for a damaged directory, and TeachOnly where our towers or tokenizer lack something.
+    """
+    settings = read_json(directory / CONFIG_FILE)
+    model_cfg, where = settings.get("model_cfg"), f"{directory / CONFIG_FILE}"
+    if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("text_cfg"), dict):
+        raise ValueError(f"{where}: expected model_cfg with a text_cfg")
+    own_vocabulary = model_cfg["text_cfg"].get("hf_tokenizer_name") == TOKENIZER_FILE
+    if own_vocabulary:
+        text_cfg = {name: value for name, value in model_cfg["text_cfg"].items() if name != "hf_tokenizer_name"}
+        model_cfg = {**model_cfg, "text_cfg": text_cfg}
+    config = config_from_open_clip(model_cfg)
+    model = from_open_clip(weights.read(directory / WEIGHTS_FILE), config, where=where, device=device)
+    preprocess_cfg = settings.get("preprocess_cfg")
+    if isinstance(preprocess_cfg, dict):
+        model.preprocess = _preprocess({**PREPROCESS_CFG, **preprocess_cfg, "size": config.image.image_size}, where)
+    if own_vocabulary:
+        model.tokenizer = huggingface.read_tokenizer(directory, config.text)
+    elif config.text.vocab_size == len(Tokenizer.openai(config.text.context_length).tokens):
+        model.tokenizer = Tokenizer.openai(config.text.context_length)
+    model.provenance = read_provenance(settings, where)
+    return model
 
 
 @torch.no_grad()

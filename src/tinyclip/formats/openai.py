@@ -16,10 +16,12 @@ from torch import Tensor
 from tinyclip.formats import weights
 from tinyclip.formats.open_clip import from_open_clip
 from tinyclip.model import CLIP, CLIPConfig
+from tinyclip.model_resnet import NUM_STAGES, SHRINKAGE
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
 HEAD_DIM = 64
+ATTENTION = "transformer.resblocks.{}.attn.in_proj_weight"
 VOCAB_SIZE = 49408  # of CLIP's tokenizer
 SIGNATURE = {"input_resolution", "context_length", "vocab_size"}  # integers that only these files hold
 
@@ -33,25 +35,28 @@ def config_from_openai(state_dict: Mapping[str, Tensor], where: str = "state_dic
 
     Raises ValueError, with `where`, for a ResNet tower and for shapes that are not a CLIP's.
     """
-    if "visual.layer1.0.conv1.weight" in state_dict:
-        raise ValueError(f"{where}: its image tower is a ResNet, which tinyclip does not build yet")
 
     def shape(name: str, num_dims: int) -> tuple[int, ...]:
         return weights.shape(state_dict, name, num_dims, where)
 
-    image_width, _, _, patch_size = shape("visual.conv1.weight", 4)  # [D, 3, P, P]
-    num_tokens, _ = shape("visual.positional_embedding", 2)  # [L, D]
+    is_resnet = "visual.layer1.0.conv1.weight" in state_dict
+    if is_resnet:
+        image_width, patch_size = shape("visual.layer1.0.conv1.weight", 4)[0], None
+        num_tokens, _ = shape("visual.attnpool.positional_embedding", 2)  # [L, D]
+    else:
+        image_width, _, _, patch_size = shape("visual.conv1.weight", 4)  # [D, 3, P, P]
+        num_tokens, _ = shape("visual.positional_embedding", 2)  # [L, D]
     vocab_size, text_width = shape("token_embedding.weight", 2)  # [V, D]
-    side = round((num_tokens - 1) ** 0.5) if num_tokens else 0  # of the picture, in patches
+    side = round((num_tokens - 1) ** 0.5) if num_tokens else 0  # of the picture, in patches or cells of the last grid
     try:
         config = CLIPConfig.uniform(
             embed_dim=shape("text_projection", 2)[1],  # [D, E]
-            image_size=patch_size * side,
+            image_size=(patch_size or SHRINKAGE) * side,
             patch_size=patch_size,
             image_width=image_width,
-            image_layers=_num_blocks(state_dict, "visual.transformer."),
+            image_layers=_stages(state_dict) if is_resnet else _num_blocks(state_dict, f"visual.{ATTENTION}"),
             text_width=text_width,
-            text_layers=_num_blocks(state_dict, "transformer."),
+            text_layers=_num_blocks(state_dict, ATTENTION),
             context_length=shape("positional_embedding", 2)[0],  # [L, D]
             vocab_size=vocab_size,
             head_dim=HEAD_DIM,
@@ -84,7 +89,10 @@ def with_openai_reader(model: CLIP) -> CLIP:
     return model
 
 
-def _num_blocks(state_dict: Mapping[str, Tensor], tower: str) -> int:
-    """As many as there are attentions; one with a number out of order is missed and refused with its name later."""
-    name = f"{tower}resblocks.{{}}.attn.in_proj_weight"
+def _stages(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return tuple(_num_blocks(state_dict, f"visual.layer{stage + 1}.{{}}.conv1.weight") for stage in range(NUM_STAGES))
+
+
+def _num_blocks(state_dict: Mapping[str, Tensor], name: str) -> int:
+    """As many as there are names; one with a number out of order is missed and refused with its name later."""
     return next(count for count in range(len(state_dict) + 1) if name.format(count) not in state_dict)

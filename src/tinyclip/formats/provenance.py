@@ -6,11 +6,13 @@ Nothing is guessed: a licence is what the user said, or what the hub card of a p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from tinyclip.formats.files import validated
 
 UNKNOWN = "unknown"
 CARDS = {  # the licence on the hub's cards, by the model's name there; only what was read there
@@ -102,6 +104,11 @@ def hub_name(spec: str) -> str | None:
 def public(spec: str) -> str:
     """A spec for other eyes: where on a disk something lies is left out but for the last two parts."""
     return re.sub(r"(^|[:=])(?:~|[A-Za-z]:)?/(?!/)(?:[^/?&]*/)*(?=[^/?&]+/[^/?&]+)", r"\1", spec)
+
+
+def read_provenance(settings: Mapping[str, Any], where: str) -> Provenance | None:
+    """What `entry` wrote, or None. Raises ValueError, with `where`, for something else under its name."""
+    return validated(Provenance, settings["provenance"], f"{where}: provenance") if "provenance" in settings else None
 
 
 def entry(provenance: Provenance | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinyclip.formats import weights
 from tinyclip.formats.open_clip import from_open_clip
 from tinyclip.formats.uniform import is_uniform
-from tinyclip.model import CLIP, BlockConfig, CLIPConfig, TowerConfig
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TowerConfig
 
 WRAPPER = re.compile(r"^_?(image_encoder|text_encoder|logit_scale)(_without_ddp)?\.(module\.)*")
 
@@ -61,7 +61,9 @@ def pruned(dense: CLIPConfig, state: Mapping[str, Tensor], where: str = "state_d
     A uniform file was never pruned, and the config is returned as it is.
     Raises ValueError for shapes that pruning cannot leave.
     """
-    image = _pruned_tower(dense.image, state, "visual.transformer.resblocks", "visual.ln_post.weight", where)
+    image = dense.image
+    if isinstance(image, ImageConfig):  # no ResNet was pruned
+        image = _pruned_tower(image, state, "visual.transformer.resblocks", "visual.ln_post.weight", where)
     text = _pruned_tower(dense.text, state, "transformer.resblocks", "ln_final.weight", where)
     config = dense.model_copy(update={"image": image, "text": text})
     return dense if is_uniform(config) else config

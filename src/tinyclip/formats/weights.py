@@ -15,6 +15,7 @@ from tinyclip.formats.torchscript import is_torchscript, read_torchscript
 from tinyclip.model import CLIP, CLIPConfig
 
 NUM_NAMED = 3  # keys that an error names
+COUNTER = ".num_batches_tracked"  # of a BatchNorm: the only weight that is not a float
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -85,7 +86,10 @@ def on_meta(config: CLIPConfig) -> CLIP:
 
 
 def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError unless names and shapes are the expected ones and all values are finite floats."""
+    """Raises ValueError unless names and shapes are the expected ones and all values are finite floats.
+
+    But for a BatchNorm's count of batches, which is one whole number.
+    """
     problems = [
         _listed("missing", [name for name in expected if name not in state]),
         _listed("unexpected", [name for name in state if name not in expected]),
@@ -100,7 +104,10 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: st
     ]
     if any(problems):
         raise ValueError(f"{where}: weights do not fit the config: {'; '.join(filter(None, problems))}")
-    check_finite(state, where)
+    check_finite({name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}, where)
+    counters = {name: state[name] for name in state if name.endswith(COUNTER)}
+    if bad := [f"{name} ({tensor.dtype})" for name, tensor in counters.items() if tensor.dtype != torch.int64]:
+        raise ValueError(f"{where}: expected whole numbers; {_listed('others', bad)}")
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -125,7 +132,8 @@ def their_name(ours: str, table: Mapping[str, str], library: str) -> str:
 
 def fill(model: CLIP, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> CLIP:
     """Give a model from `on_meta` its weights, in fp32, and evaluation mode."""
-    model.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in state.items()}, assign=True)
+    types = {name: torch.float32 if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
+    model.load_state_dict({name: tensor.to(device, types[name]) for name, tensor in state.items()}, assign=True)
     return model.eval()
 
 

@@ -113,7 +113,7 @@ def config(name: str) -> CLIPConfig:
     entry = parse(name)
     if entry.architecture in PRUNED:
         return load(name).config
-    return _config(entry)
+    return config_from_open_clip(entry.model_cfg)
 
 
 def load(name: str, *, device: str | torch.device = "cpu") -> CLIP:
@@ -122,7 +122,7 @@ def load(name: str, *, device: str | torch.device = "cpu") -> CLIP:
     if entry.data is None and entry.file is None:
         known = [f"{PREFIX}{known}-{data}" for known, data in CHECKPOINTS if known == entry.architecture]
         raise ValueError(f"{name}: expected {' or '.join(known) or name}, or {name}/FILE: the weights")
-    whole, file = _config(entry), resolve(entry)
+    whole, file = config_from_open_clip(entry.model_cfg), resolve(entry)
     model = from_release(weights.read(file), whole, where=str(file), device=device)
     if model.config != whole and entry.architecture not in PRUNED:
         raise ValueError(f"{file}: expected the sizes of {entry.architecture}, got those of a pruned model")
@@ -151,12 +151,6 @@ def resolve(entry: Entry) -> Path:
         )
     _check(unverified, entry.sha256)
     return unverified.replace(file)
-
-
-def _config(entry: Entry) -> CLIPConfig:
-    if isinstance(entry.model_cfg["vision_cfg"]["layers"], tuple):
-        raise ValueError(f"{entry.architecture}: its image tower is a ResNet, which tinyclip does not build yet")
-    return config_from_open_clip(entry.model_cfg)
 
 
 def _download(url: str, file: Path) -> None:

@@ -2,7 +2,8 @@
 
 `choose(model, rule)` decides; `keep.take` cuts. Sizes are given outright (layers, width, ffn), or follow from
 `keep_params`: then the image tower gets narrower and the text tower shallower, as in the published models, and the
-FFN takes what is left of the budget. Source: Wu et al., "TinyCLIP", ICCV 2023, section 3.2.
+FFN takes what is left of the budget. A ResNet is cut to the widest stock shape within it (`inherit_resnet.py`).
+Source: Wu et al., "TinyCLIP", ICCV 2023, section 3.2.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tinyclip.config import Config
 from tinyclip.model import (
     CLIP,
     Attention,
     Block,
     BlockConfig,
-    Config,
     FeedForward,
     ImageTower,
     OutputBias,
     TextTower,
     TowerConfig,
 )
+from tinyclip.model_resnet import FEATURES_PER_WIDTH, ResNetConfig, ResNetTower
+from tinyclip.shrink.inherit_resnet import choose_resnet
 from tinyclip.shrink.keep import Keep, TowerKeep
+from tinyclip.shrink.keep_resnet import ResNetKeep
 
 
 class TowerRule(Config):
     """What one tower keeps; a size that is not given stays, or follows from the budget."""
 
-    layers: int | None = Field(default=None, gt=0, description="how many of the model's layers")
+    layers: int | tuple[int, ...] | None = Field(
+        default=None, description="how many of the model's layers; of a ResNet four numbers, one for each stage"
+    )
     width: int | None = Field(default=None, gt=0, description="channels; a multiple of the head size")
-    ffn: int | None = Field(default=None, gt=0, description="neurons per block")
+    ffn: int | None = Field(default=None, gt=0, description="neurons per block; a ResNet has none")
     layer_choice: Literal["even", "leading", "official"] | tuple[int, ...] = Field(
         default="even",
         description="even: spread from the first layer to the last; leading: the first ones; "
@@ -50,6 +56,9 @@ class TowerRule(Config):
 
     @model_validator(mode="after")
     def _one_way_to_say_layers(self) -> TowerRule:
+        layers = (self.layers,) if isinstance(self.layers, int) else self.layers or ()
+        if any(count < 1 for count in layers):
+            raise ValueError(f"layers: expected at least 1, got {self.layers}")
         if isinstance(self.layer_choice, tuple) and (not self.layer_choice or not _ascend(self.layer_choice)):
             raise ValueError(f"layer_choice: expected layers in ascending order, got {list(self.layer_choice)}")
         if isinstance(self.layer_choice, tuple) and self.layers not in (None, len(self.layer_choice)):
@@ -76,15 +85,42 @@ def choose(model: CLIP, rule: Inherit, budget_params: int | None = None) -> Keep
     Raises ValueError where the model is smaller than asked for, a width is not a multiple of the head size, or the
     budget is too small for the rule.
     """
-    image, text = rule.image, rule.text
-    if budget_params is not None:
-        share = budget_params / model.config.prunable_params
-        image = _fit(model.config.image, image, share, "image", vary="width")
-        text = _fit(model.config.text, text, share, "text", vary="layers")
-    return Keep(
-        image=_choose_tower(model.image, model.config.image, image, "image"),
-        text=_choose_tower(model.text, model.config.text, text, "text"),
-    )
+    share = None if budget_params is None else budget_params / model.config.prunable_params
+    image, config = model.image, model.config.image
+    if isinstance(image, ResNetTower) and isinstance(config, ResNetConfig):
+        image_keep = _choose_resnet(image, config, rule.image, share)
+    else:
+        assert isinstance(image, ImageTower) and isinstance(config, TowerConfig), "a ViT, or a ResNet"
+        image_keep = _choose_tower(image, config, _fit(config, rule.image, share, "image", vary="width"), "image")
+    text = _fit(model.config.text, rule.text, share, "text", vary="layers")
+    return Keep(image=image_keep, text=_choose_tower(model.text, model.config.text, text, "text"))
+
+
+def _choose_resnet(tower: ResNetTower, config: ResNetConfig, rule: TowerRule, share: float | None) -> ResNetKeep:
+    """Without a width, but with a share of the prunable parameters: the widest tower within it."""
+    there = tuple(len(stage) for stage in config.stages)
+    layers = there if rule.layers is None else rule.layers
+    if isinstance(layers, int) or len(layers) != len(there) or any(map(int.__gt__, layers, there)):
+        raise ValueError(f"image layers: expected a number for each stage, at most {list(there)}, got {rule.layers}")
+    if rule.ffn is not None or isinstance(rule.layer_choice, tuple):
+        raise ValueError(
+            "image: a ResNet takes layers, width, layer_choice (even, leading, official) and channels only"
+        )
+    blocks = [layer_map(rule.layer_choice, count, of) for count, of in zip(layers, there, strict=True)]
+
+    def keep(width: int, channels: Literal["leading", "largest"] = "leading") -> ResNetKeep:
+        return choose_resnet(tower, config, blocks=blocks, width=width, channels=channels)
+
+    step = math.lcm(2 * FEATURES_PER_WIDTH, config.head_dim) // FEATURES_PER_WIDTH
+    widths = [rule.width] if rule.width else range(step, config.width + 1, step)
+    budget_params = config.prunable_params if share is None else int(share * config.prunable_params + 1e-6)
+    count = bisect_left(widths, True, key=lambda width: keep(width).shrink(config).prunable_params > budget_params)
+    if not count:
+        smallest = keep(widths[0]).shrink(config).prunable_params
+        raise ValueError(
+            f"keep_params: the smallest image tower has {smallest} prunable parameters, not {budget_params}"
+        )
+    return keep(widths[count - 1], rule.channels)
 
 
 def layer_map(choice: str | tuple[int, ...], layers: int, teacher_layers: int) -> tuple[int, ...]:
@@ -114,6 +150,8 @@ class _Sizes(NamedTuple):
 
 def _sizes(config: TowerConfig, rule: TowerRule, name: str) -> _Sizes:
     listed = len(rule.layer_choice) if isinstance(rule.layer_choice, tuple) else None
+    if isinstance(rule.layers, tuple):
+        raise ValueError(f"{name} layers: expected one number for a transformer, got {list(rule.layers)}")
     num_layers = rule.layers or listed or len(config.blocks)
     width = rule.width or config.width
     most_neurons = max(block.ffn for block in config.blocks)
@@ -160,15 +198,19 @@ def _choose_tower(tower: ImageTower | TextTower, config: TowerConfig, rule: Towe
     )
 
 
-def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Literal["width", "layers"]) -> TowerRule:
+def _fit(
+    config: TowerConfig, rule: TowerRule, share: float | None, name: str, vary: Literal["width", "layers"]
+) -> TowerRule:
     """The rule with its sizes filled in: `share` of the tower's prunable parameters, less at most a neuron a block.
 
     Of all widths (or depths) that spend the budget, the one whose ratio of neurons to width changes least.
     """
+    if share is None:
+        return rule
     K, num_layers, most_neurons = config.head_dim, len(config.blocks), max(block.ffn for block in config.blocks)
     budget_params = int(share * config.prunable_params + 1e-6)
     widths: list[int | None] = [rule.width]
-    depths: list[int | None] = [rule.layers]
+    depths: list[int | tuple[int, ...] | None] = [rule.layers]
     if vary == "width" and rule.width is None:
         widths += range(K, config.width, K)
     if vary == "layers" and rule.layers is None and not isinstance(rule.layer_choice, tuple):
@@ -176,7 +218,7 @@ def _fit(config: TowerConfig, rule: TowerRule, share: float, name: str, vary: Li
     fits: list[tuple[int, float, TowerRule]] = []
     for width, layers in product(widths, depths):
 
-        def sized(neurons: int, width: int | None = width, layers: int | None = layers) -> TowerRule:
+        def sized(neurons: int, width: int | None = width, layers: int | tuple[int, ...] | None = layers) -> TowerRule:
             return rule.model_copy(update={"width": width, "layers": layers, "ffn": neurons})
 
         def unspent(neurons: int) -> int:

@@ -6,12 +6,16 @@ Shape legend: D width, H heads, K head dim, F FFN neurons, E embedding, L positi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Discriminator, Tag
 from torch import Tensor
 
-from tinyclip.model import CLIP, BlockConfig, CLIPConfig, Config, Gates, TowerConfig, TowerGates
+from tinyclip.config import Config
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig, Gates, TowerConfig, TowerGates
+from tinyclip.model_resnet import ResNetConfig, ResNetGates
+from tinyclip.shrink.keep_resnet import ResNetKeep, take_resnet
 
 AnyTower = TypeVar("AnyTower", bound=TowerConfig)
 
@@ -49,65 +53,84 @@ class TowerKeep(Config):
         blocks = tuple(BlockConfig(heads=len(h), ffn=len(f)) for h, f in zip(self.heads, self.ffn, strict=True))
         return config.model_copy(update={"width": len(self.width), "blocks": blocks})
 
-
-class Keep(Config):
-    image: TowerKeep
-    text: TowerKeep
-
-    def shrink(self, config: CLIPConfig) -> CLIPConfig:
-        """The config of the cut model. Raises ValueError where the indices do not fit."""
-        self.image.check(config.image, "image")
-        self.text.check(config.text, "text")
-        return config.model_copy(
-            update={"image": self.image.shrink(config.image), "text": self.text.shrink(config.text)}
-        )
-
-    def describe(self, config: CLIPConfig) -> str:
-        """The map in one line: which layers, and how many channels, heads and neurons of how many."""
+    def describe(self, config: TowerConfig, tower: str) -> str:
+        """The map: which layers, and how many channels, heads and neurons of how many."""
 
         def counts(kept: tuple[tuple[int, ...], ...]) -> str:
             numbers = [len(indices) for indices in kept]
             return f"{numbers[0]} each" if len(set(numbers)) == 1 else " ".join(map(str, numbers))
 
-        def tower(name: str, keep: TowerKeep, config: TowerConfig) -> str:
-            layers = "all" if len(keep.blocks) == len(config.blocks) else " ".join(map(str, keep.blocks))
-            return (
-                f"{name}: layers {layers} of {len(config.blocks)}, width {len(keep.width)} of {config.width}, "
-                f"heads {counts(keep.heads)}, neurons {counts(keep.ffn)}"
-            )
-
-        before, after = config.prunable_params, self.shrink(config).prunable_params
-        towers = f"{tower('image', self.image, config.image)}; {tower('text', self.text, config.text)}"
-        return f"{before:,} -> {after:,} prunable parameters; {towers}"
+        layers = "all" if len(self.blocks) == len(config.blocks) else " ".join(map(str, self.blocks))
+        return (
+            f"{tower}: layers {layers} of {len(config.blocks)}, width {len(self.width)} of {config.width}, "
+            f"heads {counts(self.heads)}, neurons {counts(self.ffn)}"
+        )
 
     @classmethod
-    def everything(cls, config: CLIPConfig) -> Keep:
-        def tower(config: TowerConfig) -> TowerKeep:
-            return TowerKeep(
-                blocks=tuple(range(len(config.blocks))),
-                width=tuple(range(config.width)),
-                heads=tuple(tuple(range(block.heads)) for block in config.blocks),
-                ffn=tuple(tuple(range(block.ffn)) for block in config.blocks),
-            )
-
-        return cls(image=tower(config.image), text=tower(config.text))
+    def everything(cls, config: TowerConfig) -> TowerKeep:
+        return cls(
+            blocks=tuple(range(len(config.blocks))),
+            width=tuple(range(config.width)),
+            heads=tuple(tuple(range(block.heads)) for block in config.blocks),
+            ffn=tuple(tuple(range(block.ffn)) for block in config.blocks),
+        )
 
     @classmethod
-    def open_gates(cls, gates: Gates) -> Keep:
-        """What gates of these values leave: every index whose gate is not zero, in every block."""
+    def open_gates(cls, gates: TowerGates) -> TowerKeep:
+        """Every index whose gate is not zero, in every block."""
 
         def indices(gate: Tensor) -> tuple[int, ...]:
             return tuple(gate.nonzero().flatten().tolist())
 
-        def tower(gates: TowerGates) -> TowerKeep:
-            return TowerKeep(
-                blocks=tuple(range(len(gates.heads))),
-                width=indices(gates.width_D),
-                heads=tuple(map(indices, gates.heads)),
-                ffn=tuple(map(indices, gates.ffn)),
-            )
+        return cls(
+            blocks=tuple(range(len(gates.heads))),
+            width=indices(gates.width_D),
+            heads=tuple(map(indices, gates.heads)),
+            ffn=tuple(map(indices, gates.ffn)),
+        )
 
-        return cls(image=tower(gates.image), text=tower(gates.text))
+
+def _kind(image: Any) -> str:
+    """A ResNet's keep, or what is to become one, has a stem."""
+    return "resnet" if isinstance(image, ResNetKeep) or (isinstance(image, dict) and "stem" in image) else "vit"
+
+
+class Keep(Config):
+    image: Annotated[Annotated[TowerKeep, Tag("vit")] | Annotated[ResNetKeep, Tag("resnet")], Discriminator(_kind)]
+    text: TowerKeep
+
+    def shrink(self, config: CLIPConfig) -> CLIPConfig:
+        """The config of the cut model. Raises ValueError where the indices do not fit."""
+        if isinstance(self.image, ResNetKeep) != isinstance(config.image, ResNetConfig):
+            got = type(self.image).__name__, type(config.image).__name__
+            raise ValueError(f"keep.image: a {got[0]} does not fit a {got[1]}")
+        keep: Any = self.image
+        keep.check(config.image, "image")
+        self.text.check(config.text, "text")
+        return config.model_copy(update={"image": keep.shrink(config.image), "text": self.text.shrink(config.text)})
+
+    def describe(self, config: CLIPConfig) -> str:
+        """The map in one line: which layers, and how many channels, heads and neurons of how many."""
+        before, after = config.prunable_params, self.shrink(config).prunable_params
+        keep: Any = self.image
+        image, text = keep.describe(config.image, "image"), self.text.describe(config.text, "text")
+        return f"{before:,} -> {after:,} prunable parameters; {image}; {text}"
+
+    @classmethod
+    def everything(cls, config: CLIPConfig) -> Keep:
+        image = config.image
+        whole = ResNetKeep.everything(image) if isinstance(image, ResNetConfig) else TowerKeep.everything(image)
+        return cls(image=whole, text=TowerKeep.everything(config.text))
+
+    @classmethod
+    def open_gates(cls, config: CLIPConfig, gates: Gates) -> Keep:
+        """What gates of these values leave: every index whose gate is not zero, in every block."""
+        if isinstance(gates.image, ResNetGates):
+            assert isinstance(config.image, ResNetConfig), f"gates of a ResNet, config of a {type(config.image)}"
+            image = ResNetKeep.open_gates(config.image, gates.image)
+        else:
+            image = TowerKeep.open_gates(gates.image)
+        return cls(image=image, text=TowerKeep.open_gates(gates.text))
 
 
 @torch.no_grad()
@@ -120,14 +143,19 @@ def take(model: CLIP, keep: Keep) -> CLIP:
             tokenizer=model.tokenizer,
             provenance=model.provenance,
         )
-    weights = {"logit_scale": model.logit_scale.clone()}
-    for tower, tower_config, tower_keep in (
-        ("image", model.config.image, keep.image),
-        ("text", model.config.text, keep.text),
-    ):
-        parts = {n.removeprefix(f"{tower}."): w for n, w in model.state_dict().items() if n.startswith(f"{tower}.")}
-        weights |= {f"{tower}.{name}": weight for name, weight in _take_tower(parts, tower_config, tower_keep)}
-    small.load_state_dict(weights, strict=True, assign=True)
+    state, config = model.state_dict(), model.config
+    image_weights, text_weights = (
+        {name.removeprefix(tower): weight for name, weight in state.items() if name.startswith(tower)}
+        for tower in ("image.", "text.")
+    )
+    if isinstance(keep.image, ResNetKeep) and isinstance(config.image, ResNetConfig):
+        image = take_resnet(image_weights, config.image, keep.image)
+    else:
+        assert isinstance(keep.image, TowerKeep) and isinstance(config.image, TowerConfig), "checked by Keep.shrink"
+        image = _take_tower(image_weights, config.image, keep.image)
+    weights = {f"image.{name}": weight for name, weight in image}
+    weights |= {f"text.{name}": weight for name, weight in _take_tower(text_weights, config.text, keep.text)}
+    small.load_state_dict(weights | {"logit_scale": model.logit_scale.clone()}, strict=True, assign=True)
     return small.train(model.training)
 
 

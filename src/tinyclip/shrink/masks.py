@@ -1,33 +1,34 @@
 """Weight inheritance by learned masks (the paper's "automatic"): which heads, neurons and channels the student keeps.
 
-Every head, every FFN neuron and every channel of a tower's residual stream has a gate z in [0, 1], drawn from a
-hard-concrete distribution with one parameter, log_alpha. Gates are trained with the weights, under a constraint on the
-expected number of prunable parameters (attention and FFN of both towers). Then `survivors` picks indices that meet the
+Every head, every FFN neuron and every channel of a transformer's residual stream has a gate z in [0, 1], and so has
+every channel that a ResNet's inner convolutions write. Gates are drawn from a hard-concrete distribution with one
+parameter, log_alpha, and trained with the weights, under a constraint on the expected number of prunable parameters
+(attention and FFN; the branches of a ResNet's blocks). Then `survivors` picks indices that meet the
 budget and `fold` multiplies the gates into the weights, so that the cut model computes what the gated one did.
 
 Sources: Wu et al., "TinyCLIP", ICCV 2023, section 3.3; hard-concrete gates: Louizos et al., "Learning Sparse Neural
 Networks through L0 Regularization", ICLR 2018; the constraint: Wang et al., "Structured Pruning of Large Language
 Models", EMNLP 2020.
 
-Shape legend: D width, H heads, K head dim, F FFN neurons.
+Shape legend: D width, H heads, K head dim, F FFN neurons, C channels of a convolution.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tinyclip.config import Config
 from tinyclip.model import (
     CLIP,
     Attention,
     CLIPConfig,
-    Config,
     FeedForward,
     Gates,
     ImageTower,
@@ -36,7 +37,9 @@ from tinyclip.model import (
     TowerConfig,
     TowerGates,
 )
+from tinyclip.model_resnet import Bottleneck, ResNetConfig, ResNetGates, ResNetTower
 from tinyclip.shrink.keep import Keep, TowerKeep
+from tinyclip.shrink.keep_resnet import ResNetKeep
 
 # The distribution is a concrete one stretched to (LOW, HIGH) and clipped to [0, 1]; values as in the official code.
 LOW, HIGH, TEMPERATURE, EPSILON = -0.1, 1.1, 2 / 3, 1e-6
@@ -75,21 +78,110 @@ def value(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha / TEMPERATURE * VALUE_SHARPNESS)
 
 
+def _gates(sizes: Iterable[int], initial: float) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(torch.full((size,), float(initial))) for size in sizes])
+
+
 class TowerLogAlpha(nn.Module):
-    """log_alpha of one tower: the residual stream's channels, and per block heads and neurons."""
+    """log_alpha of one transformer: the residual stream's channels, and per block heads and neurons."""
+
+    parts = ("ffn", "heads")  # of the blocks, the cheapest unit first
 
     def __init__(self, config: TowerConfig, initial: float):
         super().__init__()
-
-        def gates(size: int) -> nn.Parameter:
-            return nn.Parameter(torch.full((size,), float(initial)))
-
-        self.width_D = gates(config.width)
-        self.heads = nn.ParameterList([gates(block.heads) for block in config.blocks])
-        self.ffn = nn.ParameterList([gates(block.ffn) for block in config.blocks])
+        self.config = config
+        self.width_D = nn.Parameter(torch.full((config.width,), float(initial)))
+        self.heads = _gates((block.heads for block in config.blocks), initial)
+        self.ffn = _gates((block.ffn for block in config.blocks), initial)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TowerGates:
         return TowerGates(function(self.width_D), tuple(map(function, self.heads)), tuple(map(function, self.ffn)))
+
+    def expected_params(self) -> Tensor:
+        p, config = self.map(open_probability), self.config
+        width = p.width_D.sum()
+        total = 2 * len(config.blocks) * width  # output biases of attention and FFN
+        for heads_H, ffn_F in zip(p.heads, p.ffn, strict=True):
+            total = total + heads_H.sum() * config.head_dim * (4 * width + 3) + ffn_F.sum() * (2 * width + 1)
+        return total
+
+    def expected_keep(self, shift: float) -> TowerKeep:
+        return TowerKeep(
+            blocks=tuple(range(len(self.heads))),
+            width=_most_open(self.width_D, shift, at_least=1),
+            heads=tuple(_most_open(log_alpha, shift) for log_alpha in self.heads),
+            ffn=tuple(_most_open(log_alpha, shift) for log_alpha in self.ffn),
+        )
+
+    def unit_params(self, part: str, keep: TowerKeep) -> list[int]:
+        """Per block: the parameters of one more head or neuron."""
+        width, head_dim = len(keep.width), self.config.head_dim
+        return [2 * width + 1 if part == "ffn" else head_dim * (4 * width + 3)] * len(keep.blocks)
+
+    def values(self, keep: TowerKeep) -> TowerGates:
+        gates = self.map(value)
+        return TowerGates(
+            _only(gates.width_D, keep.width),
+            tuple(map(_only, gates.heads, keep.heads)),
+            tuple(map(_only, gates.ffn, keep.ffn)),
+        )
+
+
+class ResNetLogAlpha(nn.Module):
+    """log_alpha of a ResNet: per block the channels that its two inner convolutions write. None closes entirely."""
+
+    parts = ("conv2", "conv1")
+
+    def __init__(self, config: ResNetConfig, initial: float):
+        super().__init__()
+        self.config = config
+        self.conv1 = _gates((place.block.conv1 for place in config.blocks()), initial)
+        self.conv2 = _gates((place.block.conv2 for place in config.blocks()), initial)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ResNetGates:
+        return ResNetGates(tuple(map(function, self.conv1)), tuple(map(function, self.conv2)))
+
+    def expected_params(self) -> Tensor:
+        p = self.map(open_probability)
+        total = p.conv1[0].new_zeros(())
+        for first_C, second_C, at in zip(p.conv1, p.conv2, self.config.blocks(), strict=True):
+            first, second = first_C.sum(), second_C.sum()
+            total = total + first * (at.channels_in + 2) + second * (9 * first + 2) + at.channels_out * (second + 2)
+        return total
+
+    def expected_keep(self, shift: float) -> ResNetKeep:
+        kept = {
+            part: tuple(_most_open(log_alpha, shift, at_least=1) for log_alpha in getattr(self, part))
+            for part in self.parts
+        }
+        return ResNetKeep.everything(self.config).model_copy(update=kept)
+
+    def unit_params(self, part: str, keep: ResNetKeep) -> list[int]:
+        """Per block: the parameters of one more channel."""
+        if part == "conv2":
+            places = zip(keep.conv1, self.config.blocks(), strict=True)
+            return [9 * len(first) + 2 + at.channels_out for first, at in places]
+        return [
+            at.channels_in + 2 + 9 * len(second) for second, at in zip(keep.conv2, self.config.blocks(), strict=True)
+        ]
+
+    def values(self, keep: ResNetKeep) -> ResNetGates:
+        gates = self.map(value)
+        return ResNetGates(
+            tuple(map(_only, gates.conv1, keep.conv1)),
+            tuple(map(_only, gates.conv2, keep.conv2)),
+        )
+
+
+def _only(gate: Tensor, indices: tuple[int, ...]) -> Tensor:
+    chosen = torch.zeros_like(gate)
+    chosen[list(indices)] = 1
+    return gate * chosen
+
+
+def _most_open(log_alpha: Tensor, shift: float, at_least: int = 0) -> tuple[int, ...]:
+    count = max(at_least, len(log_alpha) - expected_zeros(log_alpha - shift))
+    return tuple(sorted(log_alpha.topk(count).indices.tolist()))
 
 
 class HardConcreteGates(nn.Module):
@@ -98,11 +190,15 @@ class HardConcreteGates(nn.Module):
     def __init__(self, config: CLIPConfig, initial_log_alpha: float = 4.0):
         super().__init__()
         self.config = config
-        self.image = TowerLogAlpha(config.image, initial_log_alpha)
+        self.image: TowerLogAlpha | ResNetLogAlpha
+        if isinstance(config.image, ResNetConfig):
+            self.image = ResNetLogAlpha(config.image, initial_log_alpha)
+        else:
+            self.image = TowerLogAlpha(config.image, initial_log_alpha)
         self.text = TowerLogAlpha(config.text, initial_log_alpha)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Gates:
-        """`function` of every log_alpha vector, in a fixed order: image then text; width, heads, neurons."""
+        """`function` of every log_alpha vector, in a fixed order: that of `Gates.flat`."""
         return Gates(self.image.map(function), self.text.map(function))
 
     def sample(self, generator: torch.Generator) -> Gates:
@@ -116,16 +212,7 @@ class HardConcreteGates(nn.Module):
 
     def expected_params(self) -> Tensor:
         """Expected prunable parameters of the cut model, gates taken as independent."""
-        probability = self.map(open_probability)
-
-        def tower(p: TowerGates, config: TowerConfig) -> Tensor:
-            width = p.width_D.sum()
-            total = 2 * len(config.blocks) * width  # output biases of attention and FFN
-            for heads_H, ffn_F in zip(p.heads, p.ffn, strict=True):
-                total = total + heads_H.sum() * config.head_dim * (4 * width + 3) + ffn_F.sum() * (2 * width + 1)
-            return total
-
-        return tower(probability.image, self.config.image) + tower(probability.text, self.config.text)
+        return self.image.expected_params() + self.text.expected_params()
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -137,20 +224,8 @@ class HardConcreteGates(nn.Module):
     def values(self, keep: Keep) -> Gates:
         """The gates without noise: `value` for the survivors, zero for the rest."""
 
-        def tower(gates: TowerGates, kept: TowerKeep) -> TowerGates:
-            def only(gate: Tensor, indices: tuple[int, ...]) -> Tensor:
-                chosen = torch.zeros_like(gate)
-                chosen[list(indices)] = 1
-                return gate * chosen
-
-            return TowerGates(
-                only(gates.width_D, kept.width),
-                tuple(map(only, gates.heads, kept.heads)),
-                tuple(map(only, gates.ffn, kept.ffn)),
-            )
-
-        gates = self.map(value)
-        return Gates(tower(gates.image, keep.image), tower(gates.text, keep.text))
+        image: Any = self.image
+        return Gates(image.values(keep.image), self.text.values(keep.text))
 
 
 class SizeConstraint(nn.Module):
@@ -196,7 +271,8 @@ def survivors(gates: HardConcreteGates, budget_params: int) -> Keep:
 
     Of each gate vector survive as many as are expected to be open, the largest log_alpha first, after one common shift
     of all log_alphas that brings the size down to the budget (none is needed where the constraint was met). FFN neurons
-    then fill what rounding left, and heads where every neuron is in. Raises ValueError where nothing fits.
+    then fill what rounding left, and heads where every neuron is in; of a ResNet the channels of 3x3 convolutions, then
+    of 1x1. Raises ValueError where nothing fits.
     """
     config, low, high = gates.config, -40.0, 40.0
     if _expected_keep(gates, high).shrink(config).prunable_params > budget_params:
@@ -210,19 +286,7 @@ def survivors(gates: HardConcreteGates, budget_params: int) -> Keep:
 
 
 def _expected_keep(gates: HardConcreteGates, shift: float) -> Keep:
-    def most_open(log_alpha: Tensor, at_least: int = 0) -> tuple[int, ...]:
-        count = max(at_least, len(log_alpha) - expected_zeros(log_alpha - shift))
-        return tuple(sorted(log_alpha.topk(count).indices.tolist()))
-
-    def tower(log_alpha: TowerLogAlpha) -> TowerKeep:
-        return TowerKeep(
-            blocks=tuple(range(len(log_alpha.heads))),
-            width=most_open(log_alpha.width_D, at_least=1),
-            heads=tuple(map(most_open, log_alpha.heads)),
-            ffn=tuple(map(most_open, log_alpha.ffn)),
-        )
-
-    return Keep(image=tower(gates.image), text=tower(gates.text))
+    return Keep(image=gates.image.expected_keep(shift), text=gates.text.expected_keep(shift))
 
 
 def expected_zeros(log_alpha: Tensor) -> int:
@@ -231,28 +295,31 @@ def expected_zeros(log_alpha: Tensor) -> int:
 
 
 def _fill(keep: Keep, gates: HardConcreteGates, budget_params: int) -> Keep:
-    """Add closed neurons, then closed heads, the largest log_alpha first, while they fit."""
+    """Add closed units, the largest log_alpha first, while they fit: first the cheap ones of both towers."""
     left = budget_params - keep.shrink(gates.config).prunable_params
-    for part in ("ffn", "heads"):
+    towers: dict[str, Any] = {"image": gates.image, "text": gates.text}
+    for turn in range(2):
         closed: list[tuple[float, int, str, int, int]] = []
-        for tower in ("image", "text"):
-            width, head_dim = len(getattr(keep, tower).width), getattr(gates.config, tower).head_dim
-            cost = 2 * width + 1 if part == "ffn" else head_dim * (4 * width + 3)
-            for block, log_alpha in enumerate(getattr(getattr(gates, tower), part)):
-                kept = set(getattr(getattr(keep, tower), part)[block])
-                closed += [(a, cost, tower, block, i) for i, a in enumerate(log_alpha.tolist()) if i not in kept]
+        for name, tower in towers.items():
+            tower_keep, part = getattr(keep, name), tower.parts[turn]
+            costs, kept = tower.unit_params(part, tower_keep), getattr(tower_keep, part)
+            for block, log_alpha in enumerate(getattr(tower, part)):
+                there = set(kept[block])
+                closed += [
+                    (a, costs[block], name, block, i) for i, a in enumerate(log_alpha.tolist()) if i not in there
+                ]
         added: dict[tuple[str, int], list[int]] = {}
-        for _, cost, tower, block, index in sorted(closed, reverse=True):
+        for _, cost, name, block, index in sorted(closed, reverse=True):
             if cost <= left:
                 left -= cost
-                added.setdefault((tower, block), []).append(index)
-        for tower in ("image", "text"):
-            tower_keep: TowerKeep = getattr(keep, tower)
+                added.setdefault((name, block), []).append(index)
+        for name, tower in towers.items():
+            tower_keep, part = getattr(keep, name), tower.parts[turn]
             grown = tuple(
-                tuple(sorted([*kept, *added.get((tower, block), ())]))
+                tuple(sorted([*kept, *added.get((name, block), ())]))
                 for block, kept in enumerate(getattr(tower_keep, part))
             )
-            keep = keep.model_copy(update={tower: tower_keep.model_copy(update={part: grown})})
+            keep = keep.model_copy(update={name: tower_keep.model_copy(update={part: grown})})
     return keep
 
 
@@ -260,13 +327,27 @@ def _fill(keep: Keep, gates: HardConcreteGates, budget_params: int) -> Keep:
 def fold(model: CLIP, gates: Gates) -> CLIP:
     """A copy of the model with the gates multiplied into its weights.
 
-    `take(fold(model, gates), Keep.open_gates(gates))` computes what `model` does under `gates`. On its own the folded
-    model differs where a channel is closed, because its LayerNorms still see that channel.
+    `take(fold(model, gates), Keep.open_gates(model.config, gates))` computes what `model` does under `gates`, in
+    evaluation mode. On its own the folded model differs where a channel of the residual stream is closed, because its
+    LayerNorms still see that channel.
     """
     folded = copy.deepcopy(model)
-    for tower, tower_gates in ((folded.image, gates.image), (folded.text, gates.text)):
-        _fold_tower(tower, tower_gates)
+    if isinstance(folded.image, ResNetTower):
+        assert isinstance(gates.image, ResNetGates), f"gates of a ResNet, got {type(gates.image)}"
+        _fold_resnet(folded.image, gates.image)
+    else:
+        assert isinstance(gates.image, TowerGates), f"gates of a ViT, got {type(gates.image)}"
+        _fold_tower(folded.image, gates.image)
+    _fold_tower(folded.text, gates.text)
     return folded
+
+
+def _fold_resnet(tower: ResNetTower, gates: ResNetGates) -> None:
+    """Into the convolutions that read the gated channels: nothing but an average lies between."""
+    for block, first_C, second_C in zip(tower.blocks, gates.conv1, gates.conv2, strict=True):
+        assert isinstance(block, Bottleneck)
+        block.conv2.weight.mul_(first_C[:, None, None])
+        block.conv3.weight.mul_(second_C[:, None, None])
 
 
 def _fold_tower(tower: ImageTower | TextTower, gates: TowerGates) -> None:
