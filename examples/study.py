@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class Study:
             for way in ("progressive", "one-shot", "scratch"):
                 rows.append(self.row(f"{kind} {way}", [f"{kind}-{way}-{seed}" for seed in range(seeds)]))
         write_text(self.run_dir / "study.json", json.dumps(rows, indent=2))
-        scores = [name for name in rows[0]["scores"] if "@" in name or name.startswith("top")]
+        scores = [name for name in rows[0]["scores"] if re.search(r"@\d+$|^top\d+$", name)]
         table = Table("way", "n", "parameters", "MMACs", *(name.replace("_recall", "") for name in scores))
         for row in rows:
             cells = (f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in (row["scores"][s] for s in scores))

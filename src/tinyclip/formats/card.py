@@ -11,7 +11,8 @@ import yaml
 
 from tinyclip import run
 from tinyclip.data.spec import DataSpec
-from tinyclip.evaluate import describe
+from tinyclip.evaluate.confidence import is_share, with_interval
+from tinyclip.evaluate.cost import describe, rows
 from tinyclip.formats.files import read_json
 from tinyclip.formats.provenance import UNKNOWN, Origin, Provenance, hub_name, public
 from tinyclip.formats.uniform import is_uniform
@@ -115,31 +116,13 @@ def _license(provenance: Provenance | None) -> dict[str, str]:
 
 def _architecture(model: CLIP) -> Iterator[str]:
     facts: dict[str, Any] = describe(model.config)
-
-    def row(what: str, key: str, text_remark: str = "") -> str:
-        return _row(what, _counts(facts[f"image_{key}"]), _counts(facts[f"text_{key}"]) + text_remark)
-
     yield from _table("", "image", "text")
-    yield row("parameters", "parameters", " (without the token embedding)")
-    yield row("multiply-accumulates", "macs")
-    yield _row(
-        "reads", f"{facts['image_size']} px, patches of {facts['patch_size']}", f"{facts['context_length']} tokens"
-    )
-    yield _row("layers", str(len(facts["image_heads"])), str(len(facts["text_heads"])))
-    yield row("width", "width")
-    yield row("head size", "head_dim")
-    yield row("heads per layer", "heads")
-    yield row("neurons per layer", "ffn")
+    for row in rows(model.config):
+        yield _row(*row)
     total, embedding = facts["parameters"], facts["token_embedding_parameters"]
     yield f"\n{total:,} parameters in all, {total - embedding:,} without the token embedding;"
     yield f"vocabulary {facts['vocab_size']:,}, embedding {facts['embed_dim']}, {facts['activation']};"
     yield f"{facts['size_mb']:.1f} MB in fp32."
-
-
-def _counts(value: int | list[int]) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value[0]} each" if len(set(value)) == 1 else " ".join(map(str, value))
 
 
 def _scores(record: Record) -> Iterator[str]:
@@ -151,12 +134,13 @@ def _scores(record: Record) -> Iterator[str]:
     yield ""
     compared = bool(record.teacher_scores)
     yield from _table("score", "model", *(["teacher", "share kept"] if compared else []))
-    for name, value in record.scores.items():
-        shown, beside = f"{value:.1%}", [UNKNOWN, UNKNOWN]
+    teacher_shown = dict(with_interval(record.teacher_scores))
+    for name, shown in with_interval(record.scores):
+        value, teacher, beside = record.scores[name], record.teacher_scores.get(name), [UNKNOWN, UNKNOWN]
         if not isinstance(value, float):
-            shown, beside = f"{value:,}", ["", ""]
-        elif teacher := record.teacher_scores.get(name):
-            beside = [f"{teacher:.1%}", f"{value / teacher:.1%}"]
+            beside = ["", ""]
+        elif teacher:
+            beside = [teacher_shown[name], f"{value / teacher:.1%}" if is_share(name) else ""]
         yield _row(name, shown, *(beside if compared else []))
 
 
