@@ -120,27 +120,26 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hf:ORG/NAME or tinyclip:NAME.")],
+    model: ModelArgument,
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, MACs and the shape of every layer, counted from the config."""
-    from tinyclip.evaluate import describe
+    from tinyclip.distill.teacher import OPEN_CLIP
+    from tinyclip.evaluate.cost import describe, rows
     from tinyclip.formats import zoo
     from tinyclip.formats.checkpoint import load
 
-    facts = describe(zoo.config(model) if model.startswith(zoo.PREFIX) else load(model).config)
+    if model.startswith(zoo.PREFIX):
+        config = zoo.config(model)  # of an architecture without weights too
+    else:
+        config = (_load(model) if model.startswith(OPEN_CLIP) else load(model)).config
+    facts = describe(config)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     table = Table("", "image", "text", title=model)
-    for row in ("parameters", "macs", "width", "head_dim"):
-        table.add_row(row, *(f"{facts[f'{tower}_{row}']:,}" for tower in ("image", "text")))
-    for row in ("heads", "ffn"):
-        table.add_row(f"{row} per layer", *(" ".join(map(str, facts[f"{t}_{row}"])) for t in ("image", "text")))  # type: ignore[call-overload]
-    table.add_row("token embedding", "", f"{facts['token_embedding_parameters']:,} parameters")
-    table.add_row(
-        "reads", f"{facts['image_size']} px, patches of {facts['patch_size']}", f"{facts['context_length']} tokens"
-    )
+    for row in rows(config):
+        table.add_row(*row)
     Console().print(table)
     Console().print(
         f"{facts['parameters']:,} parameters, {facts['size_mb']:.1f} MB in fp32, "
@@ -150,9 +149,22 @@ def inspect(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; the first is the story.")],
+    out: Annotated[Optional[Path], typer.Option(help="The page to write. [default: RUN/report.html]")] = None,  # noqa: UP045
+    data: Annotated[Optional[str], typer.Option(help="Pairs for the retrieval examples: a path or a spec.")] = None,  # noqa: UP045
+    no_examples: Annotated[bool, typer.Option("--no-examples", help="Load no model, show no examples.")] = False,
+) -> None:
+    """Write what runs left as one HTML page: sizes, costs, scores, curves, maps and examples."""
+    from tinyclip.report import report
+
+    print(report(runs, out=out, data=data, with_examples=not no_examples, say=_say))
+
+
+@app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="huggingface, open_clip or tinyclip.")],
+    to: Annotated[str, typer.Option(help="huggingface, open_clip, tinyclip, onnx or onnx-int8.")],
     out: Annotated[Path, typer.Option(help="A new directory.")],
     pad: Annotated[bool, typer.Option("--pad", help="Make all blocks alike with zeros: exact, larger.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read it back and compare.")] = False,

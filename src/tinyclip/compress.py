@@ -44,6 +44,7 @@ def compress(recipe: Recipe, run_dir: Path, *, name: str | None = None, say: Cal
     check_data(recipe, source, student)
     setup = Setup(recipe, source, teacher, student.config.prunable_params, say)
     run.claim(run_dir, recipe.model_dump(mode="json"))
+    run.record_start(run_dir, student)
     if teacher is not None:
         run.record_teacher(run_dir, teacher, lambda: evaluate(teacher, recipe.evaluation))
     for index, stage in enumerate(recipe.stages):
@@ -52,19 +53,20 @@ def compress(recipe: Recipe, run_dir: Path, *, name: str | None = None, say: Cal
             say(f"{stage_dir.name}: complete")
             student = checkpoint.load(stage_dir, device=str(device))
             continue
-        seed = recipe.seed * 1000 + 2 * index
-        student = shrink(student, stage, stage_dir, setup, seed)
-        outcome = train(
-            student,
-            source,
-            recipe.data,
-            stage.distill,
-            stage_dir / "distill",
-            teacher=teacher,
-            seed=seed + 1,
-            evaluate=lambda model: evaluate(model, recipe.evaluation),
-        )
-        result = run.complete(stage_dir, student, outcome, evaluate(student, recipe.evaluation))
+        with run.recorded(run_dir, stage_dir.name, device):
+            seed = recipe.seed * 1000 + 2 * index
+            student = shrink(student, stage, stage_dir, setup, seed)
+            outcome = train(
+                student,
+                source,
+                recipe.data,
+                stage.distill,
+                stage_dir / "distill",
+                teacher=teacher,
+                seed=seed + 1,
+                evaluate=lambda model: evaluate(model, recipe.evaluation),
+            )
+            result = run.complete(stage_dir, student, outcome, evaluate(student, recipe.evaluation))
         say(f"{stage_dir.name}: {run.summary(result)}")
     return run.finish(run_dir, student)
 

@@ -1,6 +1,8 @@
 """What a run leaves on disk, and how a second call finds it again.
 
 RUN/recipe.yaml         the resolved recipe; a run continues only under the same one
+RUN/start.json          the shape of the model that the first stage cuts
+RUN/calls.jsonl         by which command and on what machine each stage was worked on, and for how long
 RUN/teacher.json        the teacher's scores and cost
 RUN/0-NAME/             a stage: model/ (loadable), keep.json (what survived), stage.json (scores, cost; written last)
 RUN/0-NAME/masks/       metrics.jsonl and skipped.jsonl of mask learning; while it runs, checkpoint.pt
@@ -12,14 +14,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shlex
 import shutil
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from tinyclip import __version__
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distill.train import Outcome
 from tinyclip.evaluate import cost
@@ -75,6 +85,61 @@ def record_teacher(run_dir: Path, teacher: Teacher, scores: Callable[[], dict[st
     if teacher.clip is not None:
         record["cost"] = asdict(cost(teacher.clip.config))
     write_text(path, json.dumps(record, indent=2))
+
+
+def record_start(run_dir: Path, student: CLIP) -> None:
+    """Write the shape that keep.json of the first stage counts in, once."""
+    path = run_dir / "start.json"
+    if not path.exists():
+        write_text(path, student.config.model_dump_json())
+
+
+@contextmanager
+def recorded(run_dir: Path, stage: str, device: torch.device) -> Iterator[None]:
+    """A line of calls.jsonl before the work on a stage and one after it, which a killed process does not write."""
+    started = time.perf_counter()
+    _append(run_dir, {"event": "start", "stage": stage, "command": command(), **environment(device)})
+    try:
+        yield
+    finally:
+        _append(run_dir, {"event": "end", "stage": stage, "seconds": round(time.perf_counter() - started, 2)})
+
+
+def _append(run_dir: Path, line: dict[str, Any]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with (run_dir / "calls.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": now, **line}) + "\n")
+
+
+def command() -> str:
+    """The command of this process, as one would type it."""
+    program = Path(sys.argv[0]) if sys.argv[0] else Path("python")
+    if program.name == "__main__.py":  # python -m PACKAGE
+        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware."""
+    return {
+        "tinyclip": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _cpu_name() -> str:
+    """/proc/cpuinfo names it on Linux; platform.processor() on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def is_complete(stage_dir: Path) -> bool:
