@@ -18,13 +18,15 @@ from tests.test_cli import tiny  # noqa: F401  a fixture
 from tests.test_compress import student_recipe, teacher_recipe
 from tinyclip.compress import compress
 from tinyclip.model import BlockConfig, TextConfig
+from tinyclip.model_resnet import BottleneckConfig, ResNetConfig
 from tinyclip.report import charts, report
 from tinyclip.report.charts import Point, Series
 from tinyclip.report.examples import choose
-from tinyclip.report.page import HERE, survivors, tables_of
+from tinyclip.report.page import HERE, channels_left, survivors, tables_of
 from tinyclip.report.read import Score, kept, read_run, scores, wilson
 from tinyclip.run import recorded
 from tinyclip.shrink.keep import TowerKeep
+from tinyclip.shrink.keep_resnet import ResNetKeep
 
 
 def quiet(_: str) -> None:
@@ -450,3 +452,17 @@ def test_in_a_browser(browser, runs, page, width, height, scheme):
         reached.add(view.evaluate("[...document.querySelectorAll('a, summary')].indexOf(document.activeElement)"))
     assert reached - {-1} == set(range(wanted))
     view.close()
+
+
+def test_channels_of_a_resnet_by_eye():
+    stages = tuple(tuple(BottleneckConfig(conv1=4, conv2=6) for _ in range(count)) for count in (2, 1, 1, 1))
+    start = ResNetConfig(image_size=32, width=2, head_dim=32, stages=stages)
+    everything = ResNetKeep.everything(start)
+    masks = everything.model_copy(update={"conv1": ((0, 3),) * 5})  # 2 of 4 channels in each of five blocks
+    rule = everything.model_copy(update={"blocks": ((0,),) * 4, "conv1": ((0,),) * 4, "conv2": ((0, 1, 2),) * 4})
+    assert channels_left(start, [masks, None, rule]) == {
+        "1x1": [[4, 2, 2, 1], [4, 2, 2, 0], [4, 2, 2, 1], [4, 2, 2, 1], [4, 2, 2, 1]],
+        "3x3": [[6, 6, 6, 3], [6, 6, 6, 0], [6, 6, 6, 3], [6, 6, 6, 3], [6, 6, 6, 3]],
+    }
+    with pytest.raises(IndexError):
+        channels_left(start, [rule, masks])

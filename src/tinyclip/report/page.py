@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 from tinyclip import __version__
 from tinyclip.formats.provenance import public
 from tinyclip.model import TowerConfig
+from tinyclip.model_resnet import ResNetConfig
 from tinyclip.report import charts
 from tinyclip.report.charts import Figure, Point, Series, Table, percent, si
 from tinyclip.report.examples import Examples, examples
 from tinyclip.report.read import Model, Run, Score, Stage, headline, kept, number, read_run
 from tinyclip.run import write_text
 from tinyclip.shrink.keep import TowerKeep
+from tinyclip.shrink.keep_resnet import ResNetKeep
 
 HERE = Path(__file__).parent
 TERMS = ("loss", "affinity_kl", "contrastive", "feature")  # of the objective, among the metrics
@@ -400,7 +402,7 @@ def sparsity_figures(stage: Stage) -> list[Figure]:
 
 
 def sizes_table(run: Run) -> Table | None:
-    """The share of the start's attention and FFN that was asked for, and the one that is left."""
+    """The share of the start's prunable parameters that was asked for, and the one that is left."""
     stages = [stage for stage in run.complete if stage.config is not None]
     if not any(stage.asked or stage.keep for stage in stages):
         return None
@@ -411,15 +413,16 @@ def sizes_table(run: Run) -> Table | None:
         left = stage.config.prunable_params
         asked = percent(stage.asked) if stage.asked else "—"
         rows.append([stage.name, asked, si(left), percent(left / whole) if whole else "—", *_shapes(stage.config)])
-    columns = ["stage", "asked for", "attention and FFN", "reached", "image: layers, width", "text: layers, width"]
+    columns = ["stage", "asked for", "prunable parameters", "reached", "image: layers, width", "text: layers, width"]
     return Table(columns, rows)
 
 
 def _shapes(config: Any) -> list[str]:
-    return [
-        f"{len(tower.blocks)}, {tower.width}" if isinstance(tower, TowerConfig) else "—"
-        for tower in (config.image, config.text)
-    ]
+    return [f"{_layers(tower)}, {tower.width}" for tower in (config.image, config.text)]
+
+
+def _layers(tower: TowerConfig | ResNetConfig) -> str:
+    return str(len(tower.blocks)) if isinstance(tower, TowerConfig) else " ".join(str(len(s)) for s in tower.stages)
 
 
 class Survivors(NamedTuple):
@@ -453,8 +456,37 @@ def survivors(start: TowerConfig, keeps: Sequence[TowerKeep | None]) -> Survivor
     return Survivors(survived, counts)
 
 
+def channels_left(start: ResNetConfig, keeps: Sequence[ResNetKeep | None]) -> dict[str, list[list[int]]]:
+    """Per convolution and block of a ResNet: channels at the start and after each stage.
+
+    Raises IndexError for a keep that does not fit what is left.
+    """
+    numbers = [list(range(len(blocks))) for blocks in start.stages]
+    for stage in range(1, len(numbers)):
+        numbers[stage] = [1 + numbers[stage - 1][-1] + number for number in numbers[stage]]  # through all stages
+    sizes = [(place.block.conv1, place.block.conv2) for place in start.blocks()]
+    counts = {"1x1": [[first] for first, _ in sizes], "3x3": [[second] for _, second in sizes]}
+    left = dict(enumerate(sizes))
+    for keep in keeps:
+        if keep is not None:
+            numbers = [[own[old] for old in kept] for own, kept in zip(numbers, keep.blocks, strict=True)]
+            channels = zip(map(len, keep.conv1), map(len, keep.conv2), strict=True)
+            left = dict(zip((block for own in numbers for block in own), channels, strict=True))
+        for block in range(len(sizes)):
+            first, second = left.get(block, (0, 0))
+            counts["1x1"][block].append(first)
+            counts["3x3"][block].append(second)
+    return counts
+
+
+def _resnet_maps(start: ResNetConfig, keeps: Sequence[ResNetKeep | None], columns: Sequence[str]) -> Iterator[Figure]:
+    for convolution, counts in channels_left(start, keeps).items():
+        totals = [row[0] for row in counts]
+        yield charts.heat_map(f"image tower: {convolution} channels", columns, totals, counts)
+
+
 def kept_maps(run: Run) -> tuple[list[Figure], str]:
-    """Heads and neurons per tower, or why there are none."""
+    """Heads and neurons per tower, channels of a ResNet, or why there are none."""
     stages = [stage for stage in run.stages if stage.keep is not None or stage.model is not None]
     if not any(stage.keep is not None for stage in stages):
         return [], "Nothing was cut."
@@ -464,19 +496,23 @@ def kept_maps(run: Run) -> tuple[list[Figure], str]:
     for tower in ("image", "text"):
         config = getattr(run.start, tower)
         keeps = [getattr(stage.keep, tower) if stage.keep is not None else None for stage in stages]
-        if not isinstance(config, TowerConfig) or not all(k is None or isinstance(k, TowerKeep) for k in keeps):
-            continue  # a convolutional tower has neither heads nor FFN
+        names = [stage.name for stage in stages]
+        columns = ["start", *(_short_stage(name) for name in names)]
+        kind = ResNetKeep if isinstance(config, ResNetConfig) else TowerKeep
         try:
+            if not all(keep is None or isinstance(keep, kind) for keep in keeps):
+                raise ValueError("the keep of another kind of tower")
+            if isinstance(config, ResNetConfig):
+                figures += _resnet_maps(config, keeps, columns)
+                continue
             left = survivors(config, keeps)
         except (IndexError, ValueError):
             run.notes.append(f"{run.name}: keep.json of the {tower} tower does not fit the model before it; no map")
             continue
-        names = [stage.name for stage in stages]
         heads, ffn = [block.heads for block in config.blocks], [block.ffn for block in config.blocks]
         figures.append(charts.head_map(f"{tower} tower: attention heads", heads, left.head_stages, names))
-        columns = ["start", *(_short_stage(name) for name in names)]
         figures.append(charts.heat_map(f"{tower} tower: FFN neurons", columns, ffn, left.ffn))
-    return figures, "" if figures else "No tower of this model has attention heads."
+    return figures, ""
 
 
 def _short_stage(name: str) -> str:
