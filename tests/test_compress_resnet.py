@@ -6,6 +6,7 @@ import torch
 import tinyclip
 from tests.test_compress import CONTRASTIVE, DATA, EVALUATION, phase, weights
 from tinyclip.compress import compress
+from tinyclip.data.loader import Inputs
 from tinyclip.distill.train import Interrupted, backward
 from tinyclip.formats.export import export
 from tinyclip.model import unit
@@ -93,8 +94,7 @@ def test_micro_batches_count_every_picture_once(teacher):
         return (image_BE * text_BE).sum(), {}
 
     model, expected = tinyclip.load(teacher).train(), tinyclip.load(teacher).train()
-    inputs = type("Inputs", (), {"pixels": pixels, "tokens": tokens})
-    backward(model, inputs, None, loss, phase(1, micro_batch_size=4))
+    backward(model, Inputs(pixels, tokens), None, loss, phase(1, micro_batch_size=4))
     for rows in (slice(0, 4), slice(4, 8)):
         expected(pixels[rows], tokens[rows])
     for (name, a), b in zip(model.named_buffers(), expected.buffers(), strict=True):

@@ -9,8 +9,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from tests.shrink.test_keep import random_gates, tiny_clip
 from tinyclip.formats.open_clip import config_from_open_clip, config_to_open_clip, from_open_clip, to_open_clip
-from tinyclip.model import CLIP, CLIPConfig, initialise
+from tinyclip.model import CLIP, CLIPConfig, initialise, lengths
 from tinyclip.preprocess import Preprocess
 
 GOLDEN_VIT = {
@@ -203,3 +204,44 @@ def test_the_model_is_loaded_without_heavy_packages():
     code = f"import sys, tinyclip.model, tinyclip.formats.checkpoint; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_last_block_is_computed_for_the_token_that_is_read_alone(gated):
+    """Value and gradient of the whole block, at every position."""
+    model = tiny_clip()
+    gates = random_gates(model, 0.3, seed=1) if gated else None
+    for tower, tower_gates in ((model.image, gates and gates.image), (model.text, gates and gates.text)):
+        for index, block in enumerate(tower.blocks):
+            block_gates = (tower_gates.width_D, tower_gates.heads[index], tower_gates.ffn[index]) if gates else ()
+            x_BLD = torch.randn(3, 5, model.config.image.width if tower is model.image else 8, dtype=torch.float64)
+            x_BLD.requires_grad_()
+            for at_B in (torch.tensor([0, 3, 4]), torch.tensor([4, 4, 4])):
+                ours = block.read(x_BLD, at_B, *block_gates)
+                expected = block(x_BLD, *block_gates)[torch.arange(3), at_B]
+                torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+                grads = [torch.autograd.grad(y.square().sum(), x_BLD)[0] for y in (ours, expected)]
+                torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+def test_texts_in_chunks_of_similar_length_are_the_same_texts():
+    """Value and gradient, in the order that they came in; lengths from 2 to the context."""
+    generator = torch.Generator().manual_seed(0)
+    model = tiny_clip().text
+    tokens_BL = torch.randint(1, 28, (300, 7), generator=generator)
+    length_B = torch.randint(2, 8, (300,), generator=generator)
+    tokens_BL[torch.arange(300), length_B - 1] = 29
+    tokens_BL[torch.arange(7) >= length_B[:, None]] = 0
+    assert torch.equal(lengths(tokens_BL), length_B)
+    results = []
+    for run in (lambda: model(tokens_BL), lambda: model.in_chunks(tokens_BL, length_B)):
+        model.zero_grad()
+        text_BE = run()
+        (text_BE * torch.arange(300)[:, None]).sum().backward()
+        results.append((text_BE.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+    assert model.in_chunks(tokens_BL[:0], length_B[:0]).shape == (0, 10)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    model.in_chunks(tokens_BL, length_B)
+    assert len(seen) == 8 and sum(rows for rows, _ in seen) == 300 and seen[0][1] < seen[-1][1] == 7

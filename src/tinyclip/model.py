@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from tinyclip.formats.provenance import Provenance
 
+MAX_CHUNKS, ROWS_PER_CHUNK = 8, 32  # of texts: more chunks leave less padding, and make smaller products
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
 
 
@@ -209,19 +210,28 @@ class OutputBias(nn.Module):
     def forward(self, x_BLD: Tensor, *gates: object) -> Tensor:
         return self.bias
 
+    def read(self, x_BLD: Tensor, at_B: Tensor, *gates: object) -> Tensor:
+        return self.bias
 
-def attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, causal: bool) -> Tensor:
+
+def attend(
+    q_BHQK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, *, causal: bool = False, last_B: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(K)) v by SDPA, but on a CPU in three products.
 
+    With `last_B`, row b attends to positions up to last_B[b] only.
     At CLIP's lengths SDPA's CPU kernel is several times slower, forward and backward: benchmarks/attention.py.
     """
-    if q_BHLK.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, is_causal=causal)
-    score_BHLL = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
+    L, device = k_BHLK.shape[-2], q_BHQK.device
+    seen = None if last_B is None else (torch.arange(L, device=device) <= last_B[:, None])[:, None, None]
+    if device.type != "cpu":
+        return F.scaled_dot_product_attention(q_BHQK, k_BHLK, v_BHLK, attn_mask=seen, is_causal=causal)
+    score_BHQL = (q_BHQK * q_BHQK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
     if causal:
-        L = q_BHLK.shape[-2]
-        score_BHLL = score_BHLL + torch.full((L, L), -torch.inf, dtype=score_BHLL.dtype).triu(1)
-    return score_BHLL.softmax(-1).to(v_BHLK.dtype) @ v_BHLK
+        score_BHQL = score_BHQL + torch.full((L, L), -torch.inf, dtype=score_BHQL.dtype).triu(1)
+    if seen is not None:
+        score_BHQL = score_BHQL.masked_fill(~seen, -torch.inf)
+    return score_BHQL.softmax(-1).to(v_BHLK.dtype) @ v_BHLK
 
 
 class Attention(nn.Module):
@@ -235,13 +245,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, width)
 
     def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate_H: Tensor | None = None) -> Tensor:
-        B, L, _ = x_BLD.shape
-        qkv = self.qkv(self.norm(x_BLD, width_D)).view(B, L, 3, self.heads, self.head_dim)
+        qkv = self.qkv(self.norm(x_BLD, width_D)).unflatten(-1, (3, self.heads, self.head_dim))
         q_BHLK, k_BHLK, v_BHLK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y_BHLK = attend(q_BHLK, k_BHLK, v_BHLK, self.causal)
+        return self._leave(attend(q_BHLK, k_BHLK, v_BHLK, causal=self.causal), gate_H)
+
+    def read(self, x_BLD: Tensor, at_B: Tensor, width_D: Tensor | None = None, gate_H: Tensor | None = None) -> Tensor:
+        """`forward` at one position of each row, [B, 1, D]: keys and values of all positions, one query."""
+        normed_BLD, HK = self.norm(x_BLD, width_D), self.heads * self.head_dim
+        (q_weight, kv_weight), (q_bias, kv_bias) = (
+            part.split([HK, 2 * HK]) for part in (self.qkv.weight, self.qkv.bias)
+        )
+        q_BHQK = F.linear(_rows(normed_BLD, at_B), q_weight, q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv = F.linear(normed_BLD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, self.head_dim))
+        k_BHLK, v_BHLK = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self._leave(attend(q_BHQK, k_BHLK, v_BHLK, last_B=at_B if self.causal else None), gate_H)
+
+    def _leave(self, y_BHQK: Tensor, gate_H: Tensor | None) -> Tensor:
         if gate_H is not None:
-            y_BHLK = y_BHLK * gate_H[:, None, None].to(y_BHLK.dtype)
-        return self.out(y_BHLK.transpose(1, 2).reshape(B, L, self.heads * self.head_dim))
+            y_BHQK = y_BHQK * gate_H[:, None, None].to(y_BHQK.dtype)
+        return self.out(y_BHQK.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -282,11 +304,29 @@ class Block(nn.Module):
         gate_H: Tensor | None = None,
         gate_F: Tensor | None = None,
     ) -> Tensor:
-        def gated(y: Tensor) -> Tensor:
-            return y if width_D is None else y * width_D.to(y.dtype)
+        x_BLD = x_BLD + _gated(self.attention(x_BLD, width_D, gate_H), width_D)
+        return x_BLD + _gated(self.ffn(x_BLD, width_D, gate_F), width_D)
 
-        x_BLD = x_BLD + gated(self.attention(x_BLD, width_D, gate_H))
-        return x_BLD + gated(self.ffn(x_BLD, width_D, gate_F))
+    def read(
+        self,
+        x_BLD: Tensor,
+        at_B: Tensor,
+        width_D: Tensor | None = None,
+        gate_H: Tensor | None = None,
+        gate_F: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` at one position of each row, [B, D]: of the last block nothing else is used."""
+        x_B1D = _rows(x_BLD, at_B) + _gated(self.attention.read(x_BLD, at_B, width_D, gate_H), width_D)
+        return (x_B1D + _gated(self.ffn(x_B1D, width_D, gate_F), width_D))[:, 0]
+
+
+def _rows(x_BLD: Tensor, at_B: Tensor) -> Tensor:
+    """x_BLD[b, at_B[b]], [B, 1, D]."""
+    return x_BLD.gather(1, at_B[:, None, None].expand(-1, 1, x_BLD.shape[-1]))
+
+
+def _gated(y: Tensor, width_D: Tensor | None) -> Tensor:
+    return y if width_D is None else y * width_D.to(y.dtype)
 
 
 class Tower(nn.Module):
@@ -298,13 +338,18 @@ class Tower(nn.Module):
         self.blocks = cast("Sequence[Block]", blocks)
         self.recompute = False  # gradient checkpointing: keep only each block's input for backward
 
-    def run_blocks(self, x_BLD: Tensor, gates: TowerGates | None) -> Tensor:
+    def run_blocks(self, x_BLD: Tensor, at_B: Tensor, gates: TowerGates | None) -> Tensor:
+        """What the blocks make of the position `at_B` of each row, [B, D]."""
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            block_gates = () if gates is None else (gates.width_D, gates.heads[index], gates.ffn[index])
+            inputs = (x_BLD, at_B) if index == last else (x_BLD,)
+            if gates is not None:
+                inputs = (*inputs, gates.width_D, gates.heads[index], gates.ffn[index])
+            run = block.read if index == last else block
             if self.recompute and torch.is_grad_enabled():
-                x_BLD = cast(Tensor, checkpoint(block, x_BLD, *block_gates, use_reentrant=False))
+                x_BLD = cast(Tensor, checkpoint(run, *inputs, use_reentrant=False))
             else:
-                x_BLD = block(x_BLD, *block_gates)
+                x_BLD = run(*inputs)
         return x_BLD
 
 
@@ -333,8 +378,9 @@ class ImageTower(Tower):
         width_D = None if gates is None else gates.width_D
         if width_D is not None:
             x_BLD = x_BLD * width_D.to(x_BLD.dtype)
-        x_BLD = self.run_blocks(self.norm_pre(x_BLD, width_D), gates)
-        return self.projection(self.norm_post(x_BLD[:, 0], width_D))
+        class_token_B = torch.zeros(B, dtype=torch.int64, device=x_BLD.device)
+        x_BD = self.run_blocks(self.norm_pre(x_BLD, width_D), class_token_B, gates)
+        return self.projection(self.norm_post(x_BD, width_D))
 
 
 class TextTower(Tower):
@@ -351,13 +397,25 @@ class TextTower(Tower):
         self.projection = nn.Linear(config.width, clip.embed_dim, bias=False)
 
     def forward(self, tokens_BL: Tensor, gates: TowerGates | None = None) -> Tensor:
+        """[B, E], every row at the length of `tokens_BL`."""
         x_BLD = self.token_embedding(tokens_BL) + self.position[: tokens_BL.shape[1]]
         width_D = None if gates is None else gates.width_D
         if width_D is not None:
             x_BLD = x_BLD * width_D.to(x_BLD.dtype)
-        x_BLD = self.run_blocks(x_BLD, gates)
-        x_BD = x_BLD[torch.arange(tokens_BL.shape[0], device=tokens_BL.device), tokens_BL.argmax(-1)]
+        x_BD = self.run_blocks(x_BLD, tokens_BL.argmax(-1), gates)
         return self.projection(self.norm_final(x_BD, width_D))
+
+    def in_chunks(self, tokens_BL: Tensor, length_B: Tensor, gates: TowerGates | None = None) -> Tensor:
+        """The same without the padding, or nearly: in chunks of rows of similar length.
+
+        `length_B`, on the CPU, counts each row's tokens up to its end token.
+        """
+        if len(tokens_BL) == 0:
+            return self(tokens_BL, gates)
+        order_B = length_B.argsort(stable=True)
+        chunks = order_B.tensor_split(min(MAX_CHUNKS, -(-len(order_B) // ROWS_PER_CHUNK)))
+        parts = [self(tokens_BL[rows.to(tokens_BL.device), : int(length_B[rows[-1]])], gates) for rows in chunks]
+        return torch.cat(parts)[order_B.argsort().to(tokens_BL.device)]
 
 
 class CLIP(nn.Module):
@@ -394,10 +452,22 @@ class CLIP(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
-    def forward(self, pixels: Tensor, tokens_BL: Tensor, gates: Gates | None = None) -> tuple[Tensor, Tensor]:
-        """Unit image and text embeddings [B, E] in at least fp32, of pixels (see `encode_image`) and token ids."""
+    def forward(
+        self, pixels: Tensor, tokens_BL: Tensor, gates: Gates | None = None, length_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit image and text embeddings [B, E] in at least fp32, of pixels (see `encode_image`) and token ids.
+
+        `length_B`, on the CPU, counts each row's tokens up to its end, so that padding is not computed; without it
+        tokens on a GPU run as they are, since looking would wait for the device.
+        """
         image_BE = self.image(self._as_input(pixels), None if gates is None else gates.image)
-        text_BE = self.text(tokens_BL, None if gates is None else gates.text)
+        if length_B is None and tokens_BL.device.type == "cpu":
+            length_B = lengths(tokens_BL)
+        text_gates = None if gates is None else gates.text
+        if length_B is None:
+            text_BE = self.text(tokens_BL, text_gates)
+        else:
+            text_BE = self.text.in_chunks(tokens_BL, length_B, text_gates)
         return unit(image_BE), unit(text_BE)
 
     def encode_image(self, images: Tensor | Image.Image | Sequence[Image.Image], *, normalize: bool = False) -> Tensor:
@@ -433,7 +503,7 @@ class CLIP(nn.Module):
             raise ValueError(
                 f"expected token ids in [0, {config.vocab_size}), got {int(texts.min())} to {int(texts.max())}"
             )
-        text_BE = self.text(texts)
+        text_BE = self.text.in_chunks(texts, lengths(texts).cpu())
         return unit(text_BE) if normalize else text_BE
 
     def _as_input(self, pixels: Tensor) -> Tensor:
@@ -449,6 +519,11 @@ class CLIP(nn.Module):
     def set_recompute(self, on: bool) -> None:
         """Gradient checkpointing: trade one more forward pass for the activations inside the blocks."""
         self.image.recompute = self.text.recompute = on
+
+
+def lengths(tokens_BL: Tensor) -> Tensor:
+    """Tokens of each row up to its end token, the largest id."""
+    return tokens_BL.argmax(-1) + 1
 
 
 def unit(x_BE: Tensor) -> Tensor:

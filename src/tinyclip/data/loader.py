@@ -44,6 +44,12 @@ class Inputs:
     pixels: Tensor  # uint8 [B, 3, S, S]
     tokens: Tensor  # int64 [B, L]; a tinyclip Tokenizer's are cut after the longest caption's end token
 
+    def __getitem__(self, rows: slice) -> Inputs:
+        return Inputs(self.pixels[rows], self.tokens[rows])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
 
 @dataclass
 class Batch:

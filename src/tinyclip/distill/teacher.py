@@ -56,10 +56,10 @@ class Teacher:
         return self
 
     @torch.no_grad()
-    def embed(self, pixels: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S] and of token ids."""
+    def embed(self, pixels: Tensor, tokens_BL: Tensor, length_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S] and of token ids; lengths as in `CLIP.forward`."""
         if self.clip is not None:
-            return self.clip(pixels, tokens_BL)
+            return self.clip(pixels, tokens_BL, length_B=length_B)
         return self.encode_image(pixels, normalize=True), self.encode_text(tokens_BL, normalize=True)
 
     @torch.no_grad()

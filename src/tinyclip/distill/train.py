@@ -21,13 +21,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tinyclip.config import Config
 from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
 from tinyclip.distill.metrics import JsonLines, Metrics, Tracker
 from tinyclip.distill.objective import Objective, projection, total_loss
 from tinyclip.distill.teacher import Teacher
-from tinyclip.model import CLIP, Config, Gates
+from tinyclip.model import CLIP, Gates, lengths
 from tinyclip.model_resnet import frozen_statistics
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 
@@ -264,10 +265,9 @@ def _step(
     lr = config.lr_at(step, num_steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    inputs = _to(batch.inputs[0], student.device)
     target = None
     if teacher is not None and config.objective.needs_teacher:
-        target = (*_teach(teacher, _to(batch.inputs[1], student.device), config), teacher.scale)
+        target = (*_teach(teacher, batch.inputs[1], config), teacher.scale)
 
     def loss_of(image_BE: Tensor, text_BE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return total_loss(config.objective, image_BE, text_BE, student.scale, target, state.project)
@@ -276,7 +276,7 @@ def _step(
     if masking is not None:
         gates = masking.gates.sample(torch.Generator().manual_seed(seed * 1_000_003 + step))
     values: dict[str, Any] = {"lr": lr}
-    loss, terms = backward(student, inputs, gates, loss_of, config)
+    loss, terms = backward(student, batch.inputs[0], gates, loss_of, config)
     values |= {"loss": loss, **terms, "scale": student.scale.detach()}
     if masking is not None:
         sparsity = masking.constraint.sparsity(masking.gates)
@@ -310,13 +310,13 @@ def _step(
 def _teach(teacher: Teacher, inputs: Inputs, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """The teacher's unit embeddings [B, T] of images and texts, micro-batch by micro-batch."""
     with _autocast(teacher.device, config):
-        parts = [teacher.embed(inputs.pixels[rows], inputs.tokens[rows]) for rows in _micro_batches(inputs, config)]
+        parts = [teacher.embed(*_to(inputs[rows], teacher.device)) for rows in _micro_batches(inputs, config)]
     image_BT, text_BT = (torch.cat(side) for side in zip(*parts, strict=True))
     return image_BT, text_BT
 
 
 def _micro_batches(inputs: Inputs, config: TrainConfig) -> list[slice]:
-    B = len(inputs.pixels)
+    B = len(inputs)
     size = config.micro_batch_size or B
     return [slice(start, start + size) for start in range(0, B, size)]
 
@@ -338,7 +338,8 @@ def backward(
     chunks = _micro_batches(inputs, config)
     if len(chunks) == 1:
         with _autocast(student.device, config):
-            image_BE, text_BE = student(inputs.pixels, inputs.tokens, gates)
+            pixels, tokens_BL, length_B = _to(inputs, student.device)
+            image_BE, text_BE = student(pixels, tokens_BL, gates, length_B)
         loss, terms = loss_of(image_BE, text_BE)
         loss.backward()
         return loss.detach(), terms
@@ -347,7 +348,8 @@ def backward(
 
     def embed(rows: slice) -> tuple[Tensor, Tensor]:
         with _autocast(student.device, config):
-            return student(inputs.pixels[rows], inputs.tokens[rows], leaves)
+            pixels, tokens_BL, length_B = _to(inputs[rows], student.device)
+            return student(pixels, tokens_BL, leaves, length_B)
 
     with torch.no_grad(), frozen_statistics(student):
         parts = [embed(rows) for rows in chunks]
@@ -366,8 +368,13 @@ def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def _to(inputs: Inputs, device: torch.device) -> Inputs:
-    return Inputs(inputs.pixels.to(device, non_blocking=True), inputs.tokens.to(device, non_blocking=True))
+def _to(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, token ids, and on the CPU how many of these each row has; a copy to a GPU runs beside its work."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return moved(inputs.pixels), moved(inputs.tokens), lengths(inputs.tokens)
 
 
 @contextmanager
