@@ -50,7 +50,7 @@ def main() -> None:
         def seconds(function, backward: bool, qkv: Tensor = qkv, causal: bool = causal) -> float:
             started = time.perf_counter()
             with torch.set_grad_enabled(backward):
-                y = function(*qkv.unbind(0), causal)
+                y = function(*qkv.unbind(0), causal=causal)
                 if backward:
                     y.sum().backward()
             return time.perf_counter() - started
@@ -68,7 +68,7 @@ def main() -> None:
             row |= {f"{phase}_{label}_ms": round(1e3 * value, 3) for label, value in median.items()}
             row[f"{phase}_ratio"] = round(median["sdpa"] / median["products"], 2)
         with torch.no_grad():
-            difference = attend(*qkv.unbind(0), causal) - sdpa(*qkv.unbind(0), causal)
+            difference = attend(*qkv.unbind(0), causal=causal) - sdpa(*qkv.unbind(0), causal=causal)
         row["max_difference"] = float(f"{difference.abs().max():.1e}")
         print(json.dumps(row))
 
