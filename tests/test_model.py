@@ -245,3 +245,24 @@ def test_texts_in_chunks_of_similar_length_are_the_same_texts():
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     model.in_chunks(tokens_BL, length_B)
     assert len(seen) == 8 and sum(rows for rows, _ in seen) == 300 and seen[0][1] < seen[-1][1] == 7
+
+
+def test_compiled_towers_compute_the_same_and_are_compiled_once(monkeypatch):
+    """For any number of pairs and any lengths of texts, gates included."""
+    monkeypatch.setattr("tinyclip.model.COMPILER", "aot_eager")  # it traces alike, and needs no C++
+    model, compiled, generator = tiny_clip(), tiny_clip(), torch.Generator().manual_seed(0)
+    compiled.set_compiled(True)
+    gates = random_gates(model, 0.3, seed=1)
+    try:
+        for stance, pairs in (("default", 64), ("fail_on_recompile", 100), ("fail_on_recompile", 37)):
+            tokens_BL = torch.randint(1, 28, (pairs, 7), generator=generator)
+            tokens_BL[torch.arange(pairs), torch.randint(1, 7, (pairs,), generator=generator)] = 29
+            pixels = torch.randn(pairs, 3, 16, 16, generator=generator, dtype=torch.float64)
+            torch.compiler.set_stance(stance)
+            ours, expected = compiled(pixels, tokens_BL, gates), model(pixels, tokens_BL, gates)
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+            (ours[0] * ours[1]).sum().backward()
+    finally:
+        torch.compiler.set_stance("default")
+    compiled.set_compiled(False)
+    assert compiled.image._compiled_call_impl is None

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tinyclip.formats.provenance import Provenance
 
 MAX_CHUNKS, ROWS_PER_CHUNK = 8, 32  # of texts: more chunks leave less padding, and make smaller products
+COMPILER = "inductor"
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
 
 
@@ -519,6 +520,14 @@ class CLIP(nn.Module):
     def set_recompute(self, on: bool) -> None:
         """Gradient checkpointing: trade one more forward pass for the activations inside the blocks."""
         self.image.recompute = self.text.recompute = on
+
+    def set_compiled(self, on: bool) -> None:
+        """torch.compile of both towers, for batches and texts of any size at once; the first call takes long."""
+        for tower in (self.image, self.text):
+            if on:
+                tower.compile(dynamic=True, backend=COMPILER)
+            else:
+                tower._compiled_call_impl = None  # what nn.Module.compile sets; there is no way back of its own
 
 
 def lengths(tokens_BL: Tensor) -> Tensor:

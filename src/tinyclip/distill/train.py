@@ -56,6 +56,7 @@ class TrainConfig(Config):
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the gradient")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of products; similarities are always fp32")
     recompute: bool = Field(default=False, description="gradient checkpointing")
+    compile: bool = Field(default=False, description="torch.compile of both towers: slow start, faster steps on GPUs")
     objective: Objective = Objective()
     log_every: int = Field(default=10, gt=0, description="steps")
     checkpoint_every: int = Field(default=200, gt=0, description="steps")
@@ -157,6 +158,7 @@ def train(
     num_steps = config.num_steps(loader.steps_per_epoch)
     student.train()
     student.set_recompute(config.recompute)
+    student.set_compiled(config.compile)
     started = time.perf_counter()
     metrics = Metrics(directory, start_step=state.step, total_steps=num_steps, trackers=config.trackers)
     skipped = JsonLines(directory / "skipped.jsonl", start_step=state.step)
@@ -175,6 +177,7 @@ def train(
                     metrics.write(step, _plain(values))
                 elif step % config.log_every == 0 or last:
                     metrics.write(step, _plain(values))
+                    state.check_convergence()
                 if last or stop or (step + 1) % config.checkpoint_every == 0:
                     state.save(directory / "checkpoint.pt")
                 if stop:
@@ -186,8 +189,10 @@ def train(
         metrics.close()
         skipped.close()
         student.set_recompute(False)
+        student.set_compiled(False)
     student.eval()
-    return Outcome(state.step, state.pairs, state.skipped_pairs, state.skipped_steps, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Outcome(state.step, state.pairs, state.skipped_pairs, int(state.skipped_steps), seconds)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
@@ -205,13 +210,40 @@ class _State:
         if self.project is not None:
             nn.init.orthogonal_(self.project.weight, generator=torch.Generator().manual_seed(0))
             self.project.to(student.device)
-        self.step = self.pairs = self.skipped_pairs = self.skipped_steps = self.non_finite_in_a_row = 0
+        self.step = self.pairs = self.skipped_pairs = 0
+        self.skipped_steps, self.non_finite_in_a_row = (
+            torch.zeros((), dtype=torch.int64, device=student.device) for _ in range(2)
+        )
         self.optimizer = _adamw(student, self.project, config)
         self.gate_optimizer = None
         if masking is not None:
-            self.gate_optimizer = torch.optim.Adam(masking.gates.parameters(), lr=masking.rule.log_alpha_lr)
+            lr = masking.rule.log_alpha_lr
+            self.gate_optimizer = torch.optim.Adam(masking.gates.parameters(), lr=lr, fused=_has_fused(student.device))
 
-    _COUNTS = ("step", "pairs", "skipped_pairs", "skipped_steps", "non_finite_in_a_row")
+    _COUNTS = ("step", "pairs", "skipped_pairs")
+    _DEVICE_COUNTS = ("skipped_steps", "non_finite_in_a_row")  # nobody waits for them but a log line or a checkpoint
+
+    def update(self, is_finite: Tensor) -> None:
+        """A step of the optimizers, or none where the loss or its gradient is not finite: the device decides."""
+        self.skipped_steps += ~is_finite
+        self.non_finite_in_a_row = torch.where(is_finite, 0, self.non_finite_in_a_row + 1)
+        for optimizer in (self.optimizer, self.gate_optimizer):
+            if optimizer is None:
+                continue
+            if optimizer.defaults["fused"]:
+                optimizer.found_inf = (~is_finite).float()  # type: ignore[union-attr]  fused kernels then change nothing
+                optimizer.step()
+            elif is_finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def check_convergence(self) -> None:
+        """Raises ValueError where the run has diverged."""
+        if self.non_finite_in_a_row >= MAX_NON_FINITE_STEPS:
+            raise ValueError(
+                f"training diverged: the loss was not finite for {int(self.non_finite_in_a_row)} steps up to step "
+                f"{self.step - 1}; lower lr (now {self.config.lr:g}) or look for broken pictures"
+            )
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"student": self.student, "optimizer": self.optimizer}
@@ -225,7 +257,7 @@ class _State:
     def save(self, path: Path) -> None:
         """Atomic: a reader sees the old checkpoint or the new one."""
         content = {name: part.state_dict() for name, part in self._parts().items()}
-        content["counts"] = {name: getattr(self, name) for name in self._COUNTS}
+        content["counts"] = {name: int(getattr(self, name)) for name in (*self._COUNTS, *self._DEVICE_COUNTS)}
         content["settings"] = self.config.model_dump_json()
         unfinished = path.with_suffix(".tmp")
         with unfinished.open("wb") as file:
@@ -245,6 +277,8 @@ class _State:
             part.load_state_dict(content[name])
         for name in self._COUNTS:
             setattr(self, name, content["counts"][name])
+        for name in self._DEVICE_COUNTS:
+            getattr(self, name).fill_(content["counts"][name])
 
 
 def _adamw(student: CLIP, project: nn.Linear | None, config: TrainConfig) -> torch.optim.AdamW:
@@ -254,8 +288,13 @@ def _adamw(student: CLIP, project: nn.Linear | None, config: TrainConfig) -> tor
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = student.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=_has_fused(student.device)
+    )
+
+
+def _has_fused(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda")
 
 
 def _step(
@@ -284,23 +323,9 @@ def _step(
         values |= {"sparsity": sparsity.detach(), "target_sparsity": masking.constraint.target(step)}
         masking.constraint.ascend(sparsity, step)
     values["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm or math.inf)
-    if torch.isfinite(loss + values["grad_norm"]):
-        state.non_finite_in_a_row = 0
-        state.optimizer.step()
-        if masking is not None and state.gate_optimizer is not None:
-            state.gate_optimizer.step()
-            masking.gates.clamp_()
-    else:
-        state.skipped_steps += 1
-        state.non_finite_in_a_row += 1
-        if state.non_finite_in_a_row >= MAX_NON_FINITE_STEPS:
-            raise ValueError(
-                f"training diverged: the loss was not finite for {MAX_NON_FINITE_STEPS} steps up to step {step}; "
-                f"lower lr (now {config.lr:g}) or look for broken pictures"
-            )
-    for optimizer in (state.optimizer, state.gate_optimizer):
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
+    state.update(torch.isfinite(loss + values["grad_norm"]))
+    if masking is not None:
+        masking.gates.clamp_()
     state.step = step + 1
     state.pairs += len(batch.keys)
     state.skipped_pairs += len(batch.skipped)
