@@ -9,6 +9,7 @@ tests/test_docs.py checks that all are current.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -98,7 +99,9 @@ def _held(to: str, config: CLIPConfig) -> tuple[str, str]:
 
 def tolerances() -> Iterator[str]:
     yield from _table(f"largest difference, over {export.NUM_PROBES} pictures with captions", "at most")
-    yield _row("unit features of images and texts, fp32, given the same pixels and captions", f"{export.TOLERANCE:.0e}")
+    for to, target in export.TARGETS.items():
+        limit = f"{target.tolerance:.0e}" if math.isfinite(target.tolerance) else "no limit; it is printed"
+        yield _row(f"`{to}`: unit features of images and texts, given the same pixels and captions", limit)
     yield _row("pixels, in levels of 255", str(export.PIXEL_TOLERANCE))
 
 

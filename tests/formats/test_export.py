@@ -192,7 +192,7 @@ def test_a_padded_student_loads_everywhere_and_says_what_it_gives_up(to, tmp_pat
     model, said = toy(IRREGULAR), []
     result = export(model, tmp_path / "out", to=to, pad=True, say=said.append)
     before, after = model.config.prunable_params, pad(model).config.prunable_params
-    assert f"{before:,} -> {after:,} parameters" in said[0] and f"{after / before:.2f} times" in said[0]
+    assert f"{before:,} -> {after:,} prunable parameters" in said[0] and f"{after / before:.2f} times" in said[0]
     assert f"features differ by at most {result['max_difference']:.1e}" in said[1]
     assert result["max_difference"] < 1e-5 and result["padded"]
     if to == "huggingface":
@@ -206,7 +206,7 @@ def test_a_padded_student_loads_everywhere_and_says_what_it_gives_up(to, tmp_pat
         (IRREGULAR, "open_clip", False, "image tower are not: its blocks differ; pad it, or export to huggingface"),
         (CUT, "open_clip", True, "the image tower cannot be padded: expected a width of whole heads of 3"),
         (CUT, "huggingface", True, "the image tower cannot be padded"),
-        (UNIFORM, "caffe", False, "expected one of open_clip, huggingface, tinyclip, got 'caffe'"),
+        (UNIFORM, "caffe", False, "expected one of open_clip, huggingface, tinyclip, onnx, onnx-int8, got 'caffe'"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(config, to, padding, message, tmp_path):

@@ -95,7 +95,7 @@ class Listed:
         return self.items[index].key
 
     def image(self, index: int) -> Image.Image:
-        return _decode(lambda: self.files.read(self.items[index].key))
+        return decode(lambda: self.files.read(self.items[index].key))
 
     def captions(self, index: int) -> Sequence[str]:
         return self.items[index].captions
@@ -250,7 +250,7 @@ class Shards:
         self.name, self._sep = spec.path, spec.sep
         self._samples: list[Sample] = []
         for shard in braceexpand(spec.path):
-            self._samples += _index(Path(shard))
+            self._samples += index_tar(Path(shard))
         self._samples = self._samples[: spec.limit]
         _require_images(self._samples, spec)
         self._caption, self._label = _templates(spec, list(self._row(0)))
@@ -263,7 +263,7 @@ class Shards:
 
     def image(self, index: int) -> Image.Image:
         extension = next(extension for extension in EXTENSIONS if extension in self._samples[index].files)
-        return _decode(lambda: self._read(index, extension))
+        return decode(lambda: self._read(index, extension))
 
     def captions(self, index: int) -> Sequence[str]:
         return _texts(self._caption, self._row(index), self._sep)
@@ -289,11 +289,11 @@ class Shards:
             if "txt" in files:
                 row["txt"] = self._read(index, "txt").decode()
         except (ValueError, TypeError, RecursionError) as error:
-            raise BadItem(f"cannot read the text of {key}: {_one_line(error)}") from None
+            raise BadItem(f"cannot read the text of {key}: {one_line(error)}") from None
         return row
 
 
-def _index(shard: Path) -> list[Sample]:
+def index_tar(shard: Path) -> list[Sample]:
     """Headers only. Links, devices, sparse files and names that are not plain are ignored.
 
     Raises ValueError unless the archive reaches its end mark: tarfile alone would accept one cut between members.
@@ -361,7 +361,7 @@ def _cell(value: Any, sep: str | None) -> list[str]:
     return [text for part in parts if (text := str(part).strip())]
 
 
-def _decode(read: Callable[[], bytes]) -> Image.Image:
+def decode(read: Callable[[], bytes]) -> Image.Image:
     try:
         data = read()
         if not data:
@@ -376,8 +376,8 @@ def _decode(read: Callable[[], bytes]) -> Image.Image:
     except BadItem:
         raise
     except Exception as error:  # whatever a broken file makes Pillow, zlib or zipfile raise
-        raise BadItem(_one_line(error)) from error
+        raise BadItem(one_line(error)) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

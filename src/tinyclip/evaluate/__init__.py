@@ -5,13 +5,24 @@ from tinyclip.evaluate.cost import Cost, cost, describe, size_mb
 from tinyclip.evaluate.embed import top_k
 from tinyclip.evaluate.linear_probe import few_shot, linear_probe, probe
 from tinyclip.evaluate.retrieval import recall_at_k, recall_differences, retrieval, retrieval_ranks
-from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, classifier, top_k_accuracy, zeroshot
+from tinyclip.evaluate.zeroshot import (
+    DEFAULT_TEMPLATES,
+    Answers,
+    answer_scores,
+    answers,
+    classifier,
+    top_k_accuracy,
+    zeroshot,
+)
 
 __all__ = [
     "DEFAULT_TEMPLATES",
+    "Answers",
     "Cost",
     "Difference",
     "Interval",
+    "answer_scores",
+    "answers",
     "classifier",
     "cost",
     "describe",

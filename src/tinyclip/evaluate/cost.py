@@ -2,7 +2,8 @@
 
 1 MAC (multiply-accumulate) = 2 FLOPs. Counted are linear layers, convolutions and both attention products (full: no
 causal saving, and every query of a ResNet's attention pool), for one image, and for one text of full context length;
-biases, norms, activations, soft-max, pooling and the embedding look-up are not.
+biases, norms, activations, soft-max, pooling and the embedding look-up are not. That is how others count, too; ours
+computes the last block for one token alone, and no padding of texts.
 
 Shape legend: L tokens, D width, H heads, K head dim, F FFN neurons, E embedding, P patch size, S side of a grid.
 """
