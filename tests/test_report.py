@@ -19,7 +19,7 @@ from tests.test_compress import student_recipe, teacher_recipe
 from tinyclip.compress import compress
 from tinyclip.model import BlockConfig, TextConfig
 from tinyclip.model_resnet import BottleneckConfig, ResNetConfig
-from tinyclip.report import charts, report
+from tinyclip.report import charts, losses, report
 from tinyclip.report.charts import Point, Series
 from tinyclip.report.examples import choose
 from tinyclip.report.page import HERE, channels_left, survivors, tables_of
@@ -167,6 +167,45 @@ def test_what_was_not_measured_is_named_with_its_command(copy):
     (copy / "evaluation.json").write_text(json.dumps({"flowers": {"top1": 0.25, "n": 40}, "absent": ["cars"]}))
     page = written(copy)
     assert "Not measured: run <code>tinyclip evaluate" not in page and ">flowers</th>" in page and "0.25" in page
+
+
+def test_what_was_lost_is_shown_class_by_class_with_pictures(runs, copy, tiny):  # noqa: F811
+    data = ("--zeroshot", "scenes?split=classes&count=384", "--no-timing", "--out", copy / "compare.json")
+    assert tiny("compare", runs / "teacher", copy, *data).status == 0
+    content = json.loads((copy / "compare.json").read_text())
+    examples = [example for own in content["data_sets"][0]["worst_classes"] for example in own["examples"]]
+    attack = "<img src=x onerror=alert(1)>"
+    examples[0]["student_said"] = attack
+    (copy / "compare.json").write_text(json.dumps(content))
+    page = written(copy)
+    Tags(page)
+    assert "Not measured: run <code>tinyclip compare" not in page and ": class by class</h4>" in page
+    assert page.count('<svg class="bar"') == len(content["data_sets"][0]["per_class"]) == 64
+    assert len(examples) == page.count(", which the student called ") and attack not in page
+    assert examples and all(example["picture"] in page for example in examples)
+
+
+def test_what_was_lost_fits_a_phone(browser, runs, copy, tiny):  # noqa: F811
+    data = ("--zeroshot", "scenes?split=classes&count=384", "--retrieval", "scenes?count=8", "--no-timing")
+    assert tiny("compare", runs / "teacher", copy, *data, "--out", copy / "compare.json").status == 0
+    written(copy)
+    view = browser.new_page(viewport={"width": 390, "height": 844})
+    view.goto(f"file://{copy / 'report.html'}")
+    assert view.evaluate("document.documentElement.scrollWidth") == 390
+    assert view.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+
+
+def test_a_comparison_of_another_layout_is_shown_as_plain_tables(copy):
+    (copy / "compare.json").write_text(json.dumps({"words": [], "data_sets": [{"name": "x", "per_class": 3}]}))
+    page = written(copy)
+    Tags(page)
+    assert '<svg class="bar"' not in page and ">per class</th>" in page
+
+
+def test_a_bar_by_eye():
+    bar = str(losses.bar(-0.5, -1, 0.25, widest=1))  # 0 is at 60 px, 1 is 58 px wide
+    assert 'class="lost" x="31.0" y="2" width="29.0"' in bar and 'x1="2.0" x2="74.5"' in bar
+    assert losses.losses(None) is losses.losses([]) is losses.losses({"words": 3}) is None
 
 
 def test_latencies_give_a_third_chart(copy):

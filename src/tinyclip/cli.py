@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -89,33 +89,196 @@ def evaluate(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Zero-shot template such as 'a photo of a {}.'. Repeatable."),
     ] = None,
+    suite: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME|FILE", help="Data sets: clip27, clip23, imagenet, vtab+ or a YAML file."),
+    ] = None,
+    data_root: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The folder that the suite's data sets lie in."),
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Linear probes of the suite's data sets too.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Also write the scores as JSON.")] = None,  # noqa: UP045
     device: str = "auto",
+    batch_size: int = 64,
+    workers: Annotated[int, typer.Option(help="Processes that read the suite's images.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Zero-shot accuracy and retrieval recall of a model."""
+    """Zero-shot accuracy and retrieval recall of a model, on data of your own or on a suite of data sets."""
     from tinyclip.data.spec import DataSpec
     from tinyclip.device import pick_device, use_fast_cpu_products
     from tinyclip.distill.teacher import load_teacher
-    from tinyclip.evaluate import DEFAULT_TEMPLATES
+    from tinyclip.evaluate import DEFAULT_TEMPLATES, with_interval
     from tinyclip.evaluate.scores import Evaluation
     from tinyclip.evaluate.scores import evaluate as evaluate_model
+    from tinyclip.evaluate.suites import run_suite
+    from tinyclip.run import write_text
 
-    if retrieval is None and zeroshot is None:
-        raise ValueError("evaluate: expected --retrieval DATA, --zeroshot DATA or both")
+    if retrieval is None and zeroshot is None and suite is None:
+        raise ValueError("evaluate: expected --retrieval DATA, --zeroshot DATA or --suite NAME")
+    if suite is None and (data_root is not None or probe):
+        raise ValueError("evaluate: --data-root and --probe are for --suite NAME")
     wanted = Evaluation(
         retrieval=DataSpec.parse(retrieval) if retrieval is not None else None,
         zeroshot=DataSpec.parse(zeroshot) if zeroshot is not None else None,
         templates=tuple(template or DEFAULT_TEMPLATES),
     )
     use_fast_cpu_products()
-    scores = evaluate_model(load_teacher(model).to(pick_device(device)), wanted)
+    loaded = load_teacher(model).to(pick_device(device))
+    scores = evaluate_model(loaded, wanted)
+    results = (
+        {}
+        if suite is None
+        else run_suite(loaded, suite, data_root, probe=probe, batch_size=batch_size, workers=workers, say=_say)
+    )
+    if out is not None:
+        write_text(out, json.dumps(scores | results, indent=2))
     if as_json:
-        print(json.dumps(scores, indent=2))
+        print(json.dumps(scores | results, indent=2))
         return
-    table = Table("score", "value", title=model)
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
+    if scores:
+        table = Table("score", "value", title=model)
+        for row in with_interval(scores):
+            table.add_row(*row)
+        Console().print(table)
+    if suite is not None:
+        _print_suite(results, model)
+
+
+def _print_suite(results: dict[str, Any], model: str) -> None:
+    """A row for each data set, why the absent ones are absent, and the mean of how many."""
+    from tinyclip.evaluate import with_interval
+
+    table = Table("data set", "score", "value", "images", title=f"{model}: {results['suite']}")
+    for name, scores in results["datasets"].items():
+        shown = dict(with_interval(scores))
+        wanted = [results["in_mean"][name], *(score for score in shown if score.endswith("probe_top1"))]
+        for score in wanted:
+            table.add_row(name, score, shown[score], shown["n"])
     Console().print(table)
+    for kind, noun in (("absent", "absent"), ("probe_absent", "not probed")):
+        for name, why in results.get(kind, {}).items():
+            Console().print(f"{noun}: {name}: {why}", highlight=False, markup=False, soft_wrap=True)
+    mean = results["mean"]
+    Console().print(f"mean of {mean['of']} of {mean['n_datasets']} data sets: {mean['value']:.1%}", highlight=False)
+
+
+@app.command()
+def compare(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="As for evaluate; models that only teach too.")],
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="A run, stage or model directory, or a name.")],
+    suite: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME|FILE", help="Data sets: clip27, clip23, imagenet, vtab+ or a YAML file."),
+    ] = None,
+    data_root: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The folder that the suite's data sets lie in."),
+    ] = None,
+    zeroshot: Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")] = None,  # noqa: UP045
+    retrieval: Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")] = None,  # noqa: UP045
+    template: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Template for --zeroshot such as 'a photo of a {}.'. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also write it as JSON; RUN/compare.json is shown by `tinyclip report RUN`."),
+    ] = None,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="Measure no milliseconds.")] = False,
+    device: str = "auto",
+    batch_size: int = 64,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """What a student lost: by data set and class, in neighbours, calibration and geometry, and per cost."""
+    from tinyclip.data.sources import open_source
+    from tinyclip.device import pick_device, use_fast_cpu_products
+    from tinyclip.distill.teacher import load_teacher
+    from tinyclip.evaluate import DEFAULT_TEMPLATES
+    from tinyclip.evaluate.compare import Comparing, data_name
+    from tinyclip.evaluate.compare import compare as compare_models
+    from tinyclip.evaluate.compare_words import tables, to_json
+    from tinyclip.evaluate.datasets import labelled_set
+    from tinyclip.evaluate.suites import open_suite
+    from tinyclip.formats.files import validated
+    from tinyclip.run import write_text
+
+    if retrieval is None and zeroshot is None and suite is None:
+        raise ValueError("compare: expected --suite NAME, --zeroshot DATA or --retrieval DATA")
+    if suite is None and data_root is not None:
+        raise ValueError("compare: --data-root is for --suite NAME")
+    if template and zeroshot is None:
+        raise ValueError("compare: --template is for --zeroshot DATA")
+    if out is not None and out.is_dir():
+        raise ValueError(f"{out}: expected a file to write, got a directory")
+    given = {"timing": not no_timing, "batch_size": batch_size, "workers": workers}
+    settings = validated(Comparing, given, "compare")
+    sets, absent = ([], []) if suite is None else open_suite(suite, data_root)
+    if zeroshot is not None:
+        source = open_source(zeroshot)
+        sets = [labelled_set(data_name(source), source, tuple(template or DEFAULT_TEMPLATES)), *sets]
+    pairs = None if retrieval is None else open_source(retrieval)
+    use_fast_cpu_products()
+    theirs, ours = (load_teacher(name).to(pick_device(device)) for name in (teacher, student))
+    found = compare_models(theirs, ours, sets, pairs, settings, absent=absent, say=_say)
+    if out is not None:
+        write_text(out, to_json(found))
+    if as_json:
+        print(to_json(found))
+        return
+    for part in tables(found):
+        Console().print(part, highlight=False, markup=not isinstance(part, str))
+
+
+@app.command()
+def benchmark(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories or names, as for inspect.")],
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--against", metavar="TEACHER", help="What ratios refer to; else the first MODEL."),
+    ] = None,
+    backends: Annotated[
+        str, typer.Option(help="Of eager, bf16, compiled, onnx, int8; with commas.")
+    ] = "eager,compiled,onnx,int8",
+    batch_sizes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Tried for throughput, with commas; else 1,8,32."),
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Of torch and onnxruntime alike.")] = None,  # noqa: UP045
+    rounds: Annotated[Optional[int], typer.Option(help="Each times every contender once; else 7.")] = None,  # noqa: UP045
+    device: str = "auto",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a fresh process.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, calls and batch sizes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Latency, throughput and memory, measured: models and ways to run them in turn, with ratios and their spread."""
+    from tinyclip.distill.teacher import OPEN_CLIP
+    from tinyclip.evaluate.benchmark import QUICK, Benchmark, to_json
+    from tinyclip.evaluate.benchmark import benchmark as measure
+    from tinyclip.evaluate.benchmark_table import MIN_WIDTH, tables
+    from tinyclip.formats.checkpoint import load
+    from tinyclip.formats.files import validated
+
+    given = {
+        "backends": backends.split(","),
+        "batch_sizes": None if batch_sizes is None else batch_sizes.split(","),
+        "threads": threads,
+        "rounds": rounds,
+        "device": device,
+        "memory": memory,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = validated(Benchmark, {**(QUICK if quick else {}), **given}, "benchmark")
+    names = list(dict.fromkeys(models if against is None else [against, *models]))
+    loaded = {name: _load(name) if name.startswith(OPEN_CLIP) else load(name) for name in names}
+    report = measure(loaded, settings, reference=against, say=_say)
+    if as_json:
+        print(to_json(report))
+        return
+    console = Console(width=max(Console().width, MIN_WIDTH))  # a narrower table would lose digits
+    for part in tables(report):
+        console.print(part, highlight=False)
 
 
 @app.command()

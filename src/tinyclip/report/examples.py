@@ -5,8 +5,6 @@ Shape legend: I images, T texts, Q queries, C candidates, E embedding.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyclip.data.sources import Source
+from tinyclip.data.thumbnail import thumbnail
 from tinyclip.device import pick_device
 from tinyclip.distill.teacher import load_teacher
 from tinyclip.evaluate.embed import Model, embed_images, embed_texts, own_ranks, texts_of
@@ -21,7 +20,6 @@ from tinyclip.formats import checkpoint
 from tinyclip.report.read import Run
 
 TOP = 5
-THUMBNAIL_PX = 112  # shown at up to 96 CSS px
 WANTED = {"text": {"lost": 2, "gained": 1, "kept": 1}, "image": {"lost": 1, "kept": 1}}  # six queries
 
 
@@ -173,15 +171,3 @@ def _answer(pairs: Pairs, side: str, item: int, own: bool) -> Answer:
 def _short(captions: Sequence[str]) -> str:
     text = captions[0]
     return text if len(text) <= 160 else f"{text[:159]}…"
-
-
-def thumbnail(source: Source, index: int) -> str:
-    """A data URI: WebP, at most THUMBNAIL_PX a side, transparency on white."""
-    from PIL import Image
-
-    picture = source.image(index).convert("RGBA")
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    white = Image.new("RGBA", picture.size, "white")
-    content = io.BytesIO()
-    Image.alpha_composite(white, picture).convert("RGB").save(content, "WEBP", quality=72)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"

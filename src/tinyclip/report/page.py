@@ -16,6 +16,7 @@ from tinyclip.model_resnet import ResNetConfig
 from tinyclip.report import charts
 from tinyclip.report.charts import Figure, Point, Series, Table, percent, si
 from tinyclip.report.examples import Examples, examples
+from tinyclip.report.losses import Losses, is_picture, losses
 from tinyclip.report.read import Model, Run, Score, Stage, headline, kept, number, read_run
 from tinyclip.run import write_text
 from tinyclip.shrink.keep import TowerKeep
@@ -25,7 +26,10 @@ HERE = Path(__file__).parent
 TERMS = ("loss", "affinity_kl", "contrastive", "feature")  # of the objective, among the metrics
 ABSENT = {  # extra file of a run: what it would show, and the command that makes it
     "evaluation": ("Zero-shot suites", "tinyclip evaluate {run} --suite SUITE --json"),
-    "compare": ("What was lost, class by class", "tinyclip compare {teacher} {run}"),
+    "compare": (
+        "What was lost, class by class",
+        "tinyclip compare {teacher} {run} --zeroshot DATA --out {run}/compare.json",
+    ),
     "benchmark": ("Latency", "tinyclip benchmark {run} {teacher}"),
 }
 MAX_ROWS = 60  # of a table of an extra file
@@ -55,6 +59,7 @@ class Extra(NamedTuple):
     tables: list[tuple[str, Table]]
     pictures: list[tuple[str, str]]  # (text, data URI)
     command: str
+    losses: Losses | None = None  # in place of tables and pictures
 
 
 class Chapter(NamedTuple):
@@ -553,6 +558,8 @@ def extra(run: Run, name: str) -> Extra:
     title, command = ABSENT[name]
     teacher = run.teacher.name if run.teacher is not None else "TEACHER"
     content = run.extras.get(name)
+    if name == "compare" and (found := losses(content)) is not None:
+        return Extra(title, [], [], "", found)
     tables = list(tables_of(content, title)) if content is not None else []
     pictures = list(pictures_of(content)) if content is not None else []
     return Extra(title, tables, pictures, command.format(run=run.path, teacher=teacher))
@@ -589,17 +596,13 @@ def pictures_of(content: Any, name: str = "", depth: int = MAX_DEPTH) -> Iterato
             yield from pictures_of(item, name, depth - 1)
     elif isinstance(content, dict) and depth:
         beside = ", ".join(
-            f"{readable(str(k))}: {_shown(v)}" for k, v in content.items() if _is_plain(v) and not _is_picture(v)
+            f"{readable(str(k))}: {_shown(v)}" for k, v in content.items() if _is_plain(v) and not is_picture(v)
         )
         for key, value in content.items():
-            if _is_picture(value):
+            if is_picture(value):
                 yield beside or name, value
             else:
                 yield from pictures_of(value, str(key), depth - 1)
-
-
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, str) and re.match(r"data:image/(png|jpeg|webp);base64,", value) is not None
 
 
 def _is_plain(value: Any) -> bool:
@@ -607,7 +610,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    if _is_picture(value):
+    if is_picture(value):
         return "picture"
     if isinstance(value, float):
         return f"{value:.4g}"
