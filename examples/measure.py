@@ -1,4 +1,4 @@
-"""Everything that tinyclip measures of a compressed model, on the runs of emoji.py and flickr8k.py, and a report of each.
+"""All that tinyclip measures of a compressed model, on the runs of emoji.py and flickr8k.py, and a report of each.
 
     python examples/measure.py DATA --runs runs
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--no-probe", action="store_true", help="30,000 pictures and 15 fits: some minutes a model")
+    parser.add_argument("--no-probe", action="store_true", help="30,000 pictures, 16 fits: a quarter of an hour")
     options = parser.parse_args()
     suite = options.runs / "tiny-imagenet.yaml"
     suite.write_text(yaml.safe_dump({"datasets": [SUITE]}), encoding="utf-8")

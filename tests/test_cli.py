@@ -284,7 +284,7 @@ def test_the_same_data_whole_trains(name, tiny, teacher, recipe, data, tmp_path)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "expected --retrieval DATA, --zeroshot DATA or both"),
+        ((), "expected --retrieval DATA, --zeroshot DATA or --suite NAME"),
         (("--retrieval", "DATA/corrupt.tsv"), "expected images, none of the 8 that have a text can be read"),
         (("--zeroshot", "DATA/good.tsv"), "expected labels, none of the 8 items has any"),
         (("--zeroshot", "scenes?split=classes&count=8", "--template", "plain"), "expected templates like"),

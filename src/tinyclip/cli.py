@@ -43,6 +43,21 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, open_clip:ARCH/TAG, hf:ORG/NAME or tinyclip:NAME.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+RetrievalOption = Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")]  # noqa: UP045
+ZeroshotOption = Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")]  # noqa: UP045
+TemplateOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Template for --zeroshot such as 'a photo of a {}.'. Repeatable."),
+]
+SuiteOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME|FILE", help="Data sets: clip27, clip23, imagenet, vtab+ or a YAML file."),
+]
+DataRootOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="The folder that the suite's data sets lie in."),
+]
+WorkersOption = Annotated[int, typer.Option(help="Processes that read images.")]
 
 
 @app.callback()
@@ -83,25 +98,16 @@ def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_:
 @app.command()
 def evaluate(
     model: ModelArgument,
-    retrieval: Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")] = None,  # noqa: UP045
-    zeroshot: Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")] = None,  # noqa: UP045
-    template: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Zero-shot template such as 'a photo of a {}.'. Repeatable."),
-    ] = None,
-    suite: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME|FILE", help="Data sets: clip27, clip23, imagenet, vtab+ or a YAML file."),
-    ] = None,
-    data_root: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The folder that the suite's data sets lie in."),
-    ] = None,
+    retrieval: RetrievalOption = None,
+    zeroshot: ZeroshotOption = None,
+    template: TemplateOption = None,
+    suite: SuiteOption = None,
+    data_root: DataRootOption = None,
     probe: Annotated[bool, typer.Option("--probe", help="Linear probes of the suite's data sets too.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Also write the scores as JSON.")] = None,  # noqa: UP045
     device: str = "auto",
     batch_size: int = 64,
-    workers: Annotated[int, typer.Option(help="Processes that read the suite's images.")] = 0,
+    workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of a model, on data of your own or on a suite of data sets."""
@@ -167,20 +173,11 @@ def _print_suite(results: dict[str, Any], model: str) -> None:
 def compare(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="As for evaluate; models that only teach too.")],
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="A run, stage or model directory, or a name.")],
-    suite: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME|FILE", help="Data sets: clip27, clip23, imagenet, vtab+ or a YAML file."),
-    ] = None,
-    data_root: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The folder that the suite's data sets lie in."),
-    ] = None,
-    zeroshot: Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")] = None,  # noqa: UP045
-    retrieval: Annotated[Optional[str], typer.Option(help="Pairs: a path or a spec.")] = None,  # noqa: UP045
-    template: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Template for --zeroshot such as 'a photo of a {}.'. Repeatable."),
-    ] = None,
+    suite: SuiteOption = None,
+    data_root: DataRootOption = None,
+    zeroshot: ZeroshotOption = None,
+    retrieval: RetrievalOption = None,
+    template: TemplateOption = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Also write it as JSON; RUN/compare.json is shown by `tinyclip report RUN`."),
@@ -188,7 +185,7 @@ def compare(
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Measure no milliseconds.")] = False,
     device: str = "auto",
     batch_size: int = 64,
-    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """What a student lost: by data set and class, in neighbours, calibration and geometry, and per cost."""
