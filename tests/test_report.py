@@ -210,9 +210,50 @@ def test_a_bar_by_eye():
 
 def test_latencies_give_a_third_chart(copy):
     teacher = json.loads((copy / "teacher.json").read_text())["name"]
-    rows = [{"model": str(copy), "image_p50_ms": 2.5}, {"model": teacher, "image_p50_ms": 9.0}, {"model": "?", "n": 1}]
-    (copy / "benchmark.json").write_text(json.dumps({"rows": rows}))
-    assert "over latency of one image, ms (p50)" in written(copy)
+    values = dict.fromkeys(("text_latency_p50_ms", "text_latency_p95_ms", "image_latency_p95_ms", "text_per_s"), 3.0)
+    values |= dict.fromkeys(("image_per_s", "pairs_per_s", "pairs_per_s_ratio_low", "pairs_per_s_ratio_high"), 1234.5)
+    rows = [
+        {
+            "model": str(copy),
+            "backend": "eager",
+            "values": values | {"image_latency_p50_ms": 2.5, "pairs_per_s_ratio": 7},
+        },
+        {
+            "model": teacher,
+            "backend": "eager",
+            "values": values | {"image_latency_p50_ms": 9.0, "peak_memory_mb": 512.3},
+        },
+        {"model": "?", "backend": "int8", "values": {}, "not_measured": "no such library"},
+    ]
+    rows = [{"backend": "eager", **row} for row in rows]
+    place = {"device": "cpu", "threads": 1, "cores": 2, "versions": {"torch": "2", "onnx": None}, "peak_memory": "rss"}
+    content = {
+        "rows": rows,
+        "reference": teacher,
+        "environment": place,
+        "settings": {"rounds": 3, "backends": ["eager"]},
+    }
+    (copy / "benchmark.json").write_text(json.dumps(content))
+    page = written(copy)
+    assert "over latency of one image, ms (p50)" in page and "7.00 (1,234 to 1,234)" in page and "2.50 / 3.00" in page
+    content["settings"]["backends"] = ["int8"]
+    (copy / "benchmark.json").write_text(json.dumps(content))
+    assert "not measured: no such library" in written(copy)
+
+
+def test_a_suite_is_a_row_for_each_data_set(copy):
+    scores = {"top1": 0.25, "top1_low": 0.2, "top1_high": 0.3, "n": 1200, "penultimate_probe_top1": 0.5}
+    content = {
+        "suite": "clip23",
+        "datasets": {"mnist": scores},
+        "absent": {"dtd": "no <folder>"},
+        "mean": {"value": 0.25, "of": 1, "n_datasets": 2},
+        "in_mean": {"mnist": "top1"},
+    }
+    (copy / "evaluation.json").write_text(json.dumps(content))
+    page = written(copy)
+    assert "clip23: mean of 1 of 2 data sets, 25.0%" in page and "25.0% [20.0, 30.0]" in page
+    assert "penultimate probe top1" in page and "no &lt;folder&gt;" in page
 
 
 def test_an_unfinished_run_shows_what_is_there(copy):
@@ -243,7 +284,9 @@ def test_values_of_the_wrong_kind_are_left_out(copy):
     for _ in range(400):
         deep = {"a": deep, "b": [1]}
     (copy / "compare.json").write_text(json.dumps(deep))
-    (copy / "benchmark.json").write_text(json.dumps({"rows": [3, {"model": 4, "image_p50_ms": "fast"}]}))
+    (copy / "benchmark.json").write_text(
+        json.dumps({"rows": [3, {"model": 4, "values": {"image_latency_p50_ms": "fast"}}, {"values": 3}]})
+    )
     (copy / "calls.jsonl").write_text(
         '{"event": "start", "command": {"a": 1}, "time": 3}\n{"event": "end", "seconds": "x"}\n'
     )

@@ -17,6 +17,7 @@ from tinyclip.report import charts
 from tinyclip.report.charts import Figure, Point, Series, Table, percent, si
 from tinyclip.report.examples import Examples, examples
 from tinyclip.report.losses import Losses, is_picture, losses
+from tinyclip.report.measured import latency_tables, suite_tables
 from tinyclip.report.read import Model, Run, Score, Stage, headline, kept, number, read_run
 from tinyclip.run import write_text
 from tinyclip.shrink.keep import TowerKeep
@@ -25,13 +26,14 @@ from tinyclip.shrink.keep_resnet import ResNetKeep
 HERE = Path(__file__).parent
 TERMS = ("loss", "affinity_kl", "contrastive", "feature")  # of the objective, among the metrics
 ABSENT = {  # extra file of a run: what it would show, and the command that makes it
-    "evaluation": ("Zero-shot suites", "tinyclip evaluate {run} --suite SUITE --json"),
+    "evaluation": ("Zero-shot suites", "tinyclip evaluate {run} --suite SUITE --out {run}/evaluation.json"),
     "compare": (
         "What was lost, class by class",
         "tinyclip compare {teacher} {run} --zeroshot DATA --out {run}/compare.json",
     ),
-    "benchmark": ("Latency", "tinyclip benchmark {run} {teacher}"),
+    "benchmark": ("Latency", "tinyclip benchmark {run} --against {teacher} --json > {run}/benchmark.json"),
 }
+KNOWN = {"evaluation": suite_tables, "benchmark": latency_tables}
 MAX_ROWS = 60  # of a table of an extra file
 MAX_DEPTH = 6  # of its objects; deeper ones are not shown
 
@@ -331,7 +333,7 @@ def _scatter(name: str, unit: str, points: Sequence[Point]) -> list[Figure]:
 def latencies(runs: Sequence[Run], models: Sequence[Model]) -> dict[str, float]:
     """Model: its lowest p50 of one image in milliseconds, from rows of benchmark.json that name a model of the page.
 
-    A row is an object with `model` (a path, or the teacher's name) and `image_p50_ms`.
+    A row is an object with `model` (a path, or the teacher's name) and `values`.
     """
     labels = {_place(model.place): model.name for model in models}
     labels |= {_place(str(run.path)): labels[_place(run.student.place)] for run in runs if run.student is not None}
@@ -339,7 +341,8 @@ def latencies(runs: Sequence[Run], models: Sequence[Model]) -> dict[str, float]:
     for run in runs:
         rows = (run.extras.get("benchmark") or {}).get("rows")
         for row in rows if isinstance(rows, list) else ():
-            value = number(row.get("image_p50_ms")) if isinstance(row, dict) else None
+            values = row.get("values") if isinstance(row, dict) else None
+            value = number(values.get("image_latency_p50_ms")) if isinstance(values, dict) else None
             label = labels.get(_place(str(row.get("model")))) if value else None
             if label is not None and value is not None and value > 0:
                 found[label] = min(value, found.get(label, value))
@@ -560,7 +563,7 @@ def extra(run: Run, name: str) -> Extra:
     content = run.extras.get(name)
     if name == "compare" and (found := losses(content)) is not None:
         return Extra(title, [], [], "", found)
-    tables = list(tables_of(content, title)) if content is not None else []
+    tables = [] if content is None else KNOWN.get(name, lambda _: None)(content) or list(tables_of(content, title))
     pictures = list(pictures_of(content)) if content is not None else []
     return Extra(title, tables, pictures, command.format(run=run.path, teacher=teacher))
 
