@@ -36,11 +36,14 @@ demo: install
 
 bench: install
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/inference.py
 
 DATA ?= data
 evidence: install
 	$(BIN)/python examples/emoji.py $(DATA)/emoji-demo --run runs/emoji --seeds 3
 	$(BIN)/python examples/flickr8k.py $(DATA)/flickr8k-train --run runs/flickr8k --seeds 3
+	$(BIN)/python examples/measure.py $(DATA) --runs runs
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build src/*.egg-info
