@@ -2,21 +2,46 @@
 
 An affinity row is softmax(scale * image_i . text_j) over all texts j of the batch. The loss is the cross-entropy from
 the teacher's rows to the student's, averaged over rows and over the two directions (image to text, text to image).
-Source: Wu et al., "TinyCLIP", ICCV 2023, equations 2 to 4.
+Source: Wu et al., "TinyCLIP", ICCV 2023, equations 2 to 4. CLIP's own (contrastive) loss has the identity for the
+teacher's rows.
 
-`affinity_loss_reference` is the definition. It keeps several B x B matrices for backward; `affinity_loss` visits
-`rows_per_chunk` rows at a time, twice: once for the log-sums of rows and columns, once for the loss and, while the
-chunk is in hand, its gradient. Nothing of size B x B is ever alive; both directions share each product.
+`affinity_loss_reference` is the definition. It keeps several N x N matrices for backward. Here they are visited in
+tiles and none is kept: forward is one pass that sums exponentials over rows and columns, of student and teacher
+together; backward forms each tile again, and its gradient. That is six products of N x N x E (two, then four), the
+fewest for memory that is linear in N, since the sums are complete only after the last tile. A batch of which one tile
+holds everything keeps its two products: four.
 
-Shape legend: B pairs, R rows in a chunk, E student embedding, T teacher embedding. Embeddings are unit vectors,
-scales are 1 / temperature, losses are in nats.
+With p, q the row and column softmax of the student, P, Q the teacher's, c_ij = image_i . text_j, and the exponential
+E_ij = exp(scale * c_ij - shift) with sums r_i over its row and k_j over its column (p_ij = E_ij / r_i):
+
+    2 N loss = sum_i (shift + log r_i - scale sum_j P_ij c_ij) + sum_j (shift + log k_j - scale sum_i Q_ij c_ij)
+    2 N d loss / d c = scale (p + q - P - Q)
+    d loss / d scale = sum_ij c_ij (d loss / d c_ij) / scale = sum_i image_i . (d loss / d image_i) / scale   (Euler)
+    2 N d loss / d teacher_scale = -scale (sum_i Cov_P_i(c, teacher's c) + sum_j Cov_Q_j(c, teacher's c))
+
+Of unit vectors no score is above the scale, so one shift for all serves (`ShiftedSums`): one exponential for both
+directions, sums that are merged by adding, over tiles and over ranks. Where rows are longer than units or the sums
+come near the smallest numbers, maxima that run along are the shifts (`RunningSums`), as in a numerically safe softmax.
+
+On several ranks, each has its own images x all texts: texts are gathered, the sums over columns are added up, and the
+gradient of the texts is scattered back.
+
+Shape legend: B pairs (on this rank), N pairs (on all ranks), r rows and k columns of a tile, E student embedding,
+T teacher embedding. Embeddings are unit vectors, scales are 1 / temperature, losses are in nats.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from tinyclip.distill.softmax_sums import RunningSums, ShiftedSums, SoftmaxSums
+from tinyclip.distill.tiles import Pairs, Tile, row_dots
+from tinyclip.distributed import ALONE, World
 
 
 def affinity_loss_reference(
@@ -35,6 +60,14 @@ def affinity_loss_reference(
     return (image_to_text + text_to_image) / 2
 
 
+class Losses(NamedTuple):
+    """Means over the pairs of all ranks. `entropy` is that of the teacher's rows, without gradient."""
+
+    affinity: Tensor
+    entropy: Tensor
+    contrastive: Tensor
+
+
 def affinity_loss(
     image_BE: Tensor,
     text_BE: Tensor,
@@ -43,104 +76,249 @@ def affinity_loss(
     teacher_text_BT: Tensor,
     teacher_scale: Tensor | float,
     *,
-    rows_per_chunk: int = 1024,
+    world: World = ALONE,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, entropy), equal to `affinity_loss_reference` in O(rows_per_chunk x B) memory.
+    """(loss, entropy), equal to `affinity_loss_reference`, in memory linear in the batch.
 
     `entropy` is that of the teacher's rows, without gradient: loss - entropy is a KL divergence, 0 where the student
-    agrees. Gradients reach the student's embeddings and scale.
+    agrees. Gradients reach the student's embeddings and both scales. `tile` is the rows and columns in hand at once.
     """
-    teacher = (teacher_image_BT.detach(), teacher_text_BT.detach(), teacher_scale)
-    return _InBatchCrossEntropy.apply(image_BE, text_BE, _as_scale(scale, image_BE), teacher, rows_per_chunk)
+    student, teacher = (image_BE, text_BE), (teacher_image_BT, teacher_text_BT)
+    losses = _losses(student, scale, None, teacher, teacher_scale, world, tile)
+    return losses.affinity, losses.entropy
 
 
-def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor | float, *, rows_per_chunk: int = 1024) -> Tensor:
+def contrastive_loss(
+    image_BE: Tensor, text_BE: Tensor, scale: Tensor | float, *, world: World = ALONE, tile: int | None = None
+) -> Tensor:
     """CLIP's loss: the cross-entropy of each pair against the rest of the batch, both directions averaged."""
-    return _InBatchCrossEntropy.apply(image_BE, text_BE, _as_scale(scale, image_BE), None, rows_per_chunk)[0]
+    return _losses((image_BE, text_BE), None, scale, (None, None), None, world, tile).contrastive
 
 
-def _as_scale(scale: Tensor | float, like: Tensor) -> Tensor:
-    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=like.dtype, device=like.device)
+def affinity_and_contrastive_loss(
+    image_BE: Tensor,
+    text_BE: Tensor,
+    scale: Tensor | float,
+    contrastive_scale: Tensor | float,
+    teacher_image_BT: Tensor,
+    teacher_text_BT: Tensor,
+    teacher_scale: Tensor | float,
+    *,
+    world: World = ALONE,
+    tile: int | None = None,
+) -> Losses:
+    """Both losses from the same tiles: no more products than one. Where the scales are one, no more exponentials."""
+    student, teacher = (image_BE, text_BE), (teacher_image_BT, teacher_text_BT)
+    return _losses(student, scale, contrastive_scale, teacher, teacher_scale, world, tile)
 
 
-class _InBatchCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy from target rows (the teacher's, or the identity) to the student's, in both directions.
+def _losses(student, scale, contrastive_scale, teacher, teacher_scale, world: World, tile: int | None) -> Losses:
+    for name, rows in zip(("text", "teacher's image", "teacher's text"), (student[1], *teacher), strict=True):
+        if rows is not None and len(rows) != len(student[0]):
+            raise ValueError(f"expected a {name} embedding for each of {len(student[0])} images, got {len(rows)}")
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile: expected at least 1 row, got {tile}")
+    both = contrastive_scale is scale
+    scale, contrastive_scale, teacher_scale = map(_checked_scale, (scale, contrastive_scale, teacher_scale))
+    scales = (scale, scale if both else contrastive_scale, teacher_scale)
+    return Losses(*_InBatchLosses.apply(*student, *scales, *teacher, world, tile))
 
-    With p, q the row and column softmax of the student's scores s, and P, Q the teacher's:
-    2 B loss = -sum_ij (P log p + Q log q)_ij,  and  2 B d loss / d s = p + q - P - Q.
+
+def _checked_scale(scale: Tensor | float | None) -> Tensor | float | None:
+    if scale is not None and _number(scale) <= 0:
+        raise ValueError(f"expected scales above 0, got {_number(scale):g}")
+    return scale.reshape(()) if isinstance(scale, Tensor) else scale
+
+
+def _number(scale: Tensor | float) -> float:
+    return float(scale.detach() if isinstance(scale, Tensor) else scale)
+
+
+class _InBatchLosses(torch.autograd.Function):
+    """`Losses`. The upstream gradients of affinity and contrastive are their weights."""
+
+    @staticmethod
+    def forward(ctx, image, text, scale, contrastive_scale, teacher_scale, teacher_image, teacher_text, world, tile):  # type: ignore[override]
+        models = [(image, text)] if teacher_image is None else [(image, text), (teacher_image, teacher_text)]
+        with torch.autocast(image.device.type, enabled=False):  # a bf16 score near 50 would be off by up to 0.125
+            pairs = Pairs.gathered(models, world, tile)
+            softmaxes = _softmaxes(pairs, (scale, contrastive_scale, teacher_scale), world)
+            losses = _values(pairs, softmaxes, world)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(*pairs.saved())
+        ctx.layout, ctx.softmaxes, ctx.world = pairs.layout, softmaxes, world
+        pairs.scratch.clear()
+        ctx.mark_non_differentiable(losses.entropy)
+        ctx.set_materialize_grads(False)
+        return tuple(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_affinity, _grad_entropy, grad_contrastive):  # type: ignore[override]
+        pairs = Pairs.restored(ctx.saved_tensors, ctx.layout)
+        with torch.autocast(pairs.image.device.type, enabled=False):
+            terms = _terms(pairs, ctx.softmaxes, (grad_affinity, grad_contrastive), ctx.world)
+            grads = _gradients(pairs, terms, ctx.needs_input_grad, ctx.world) if terms else [None] * 5
+        return *grads, None, None, None, None
+
+
+class _Affinity(NamedTuple):
+    student: SoftmaxSums
+    teacher: SoftmaxSums
+
+
+class _Softmaxes(NamedTuple):
+    """What the losses read. Where the scales are one, the contrastive softmax is the affinity's of the student."""
+
+    affinity: _Affinity | None
+    contrastive: SoftmaxSums | None
+
+    def distinct(self) -> list[SoftmaxSums]:
+        return list(dict.fromkeys([*(self.affinity or ()), *([self.contrastive] if self.contrastive else ())]))
+
+
+Scales = tuple[Tensor | float | None, Tensor | float | None, Tensor | float | None]  # affinity, contrastive, teacher's
+
+
+def _softmaxes(pairs: Pairs, scales: Scales, world: World) -> _Softmaxes:
+    """The sums of one pass; of two where the constant shift turns out not to fit."""
+    if pairs.are_unit(world):
+        softmaxes = _one_pass(ShiftedSums, pairs, scales)
+        if all([softmax.merge(world) for softmax in softmaxes.distinct()]):  # a list: every rank merges every one
+            return softmaxes
+    softmaxes = _one_pass(RunningSums, pairs, scales)
+    for softmax in softmaxes.distinct():
+        softmax.merge(world)
+    return softmaxes
+
+
+def _one_pass(kind: type[SoftmaxSums], pairs: Pairs, scales: Scales) -> _Softmaxes:
+    scale, contrastive_scale, teacher_scale = scales
+    affinity = contrastive = None
+    if scale is not None and teacher_scale is not None:
+        affinity = _Affinity(kind(pairs, 0, _number(scale)), kind(pairs, 1, _number(teacher_scale), means=True))
+    if contrastive_scale is not None:
+        shared = affinity is not None and _is_same(scale, contrastive_scale)
+        contrastive = affinity.student if affinity and shared else kind(pairs, 0, _number(contrastive_scale))
+    softmaxes = _Softmaxes(affinity, contrastive)
+    for tile in pairs.tiles():
+        for softmax in softmaxes.distinct():
+            softmax.add(tile)
+    return softmaxes
+
+
+def _is_same(scale: Tensor | float | None, other: Tensor | float) -> bool:
+    return scale is other or (isinstance(scale, float | int) and isinstance(other, float | int) and scale == other)
+
+
+def _values(pairs: Pairs, softmaxes: _Softmaxes, world: World) -> Losses:
+    """Of each loss the sum over rows (this rank's) and over columns (all); then the mean of both."""
+    rows, columns = (pairs.image.new_zeros(3, dtype=torch.float64) for _ in range(2))
+    if softmaxes.affinity is not None:
+        teacher = softmaxes.affinity.teacher
+        for i, softmax in enumerate(softmaxes.affinity):
+            (row_log_B, column_log_N), (row_mean_B, column_mean_N) = softmax.log_sums(), teacher.means(softmax.model)
+            rows[i] = (row_log_B - softmax.scale * row_mean_B).sum()
+            columns[i] = (column_log_N - softmax.scale * column_mean_N).sum()
+    if softmaxes.contrastive is not None:
+        row_log_B, column_log_N = softmaxes.contrastive.log_sums()
+        rows[2] = (row_log_B - 2 * softmaxes.contrastive.scale * pairs.own_cosines()).sum()  # 2: columns have none
+        columns[2] = column_log_N.sum()
+    return Losses(*((world.sum_(rows) + columns) / (2 * len(pairs.text))).to(pairs.image.dtype).unbind())
+
+
+class _Term(NamedTuple):
+    """One softmax of the student, the place of its scale among the inputs, and the losses that read it.
+
+    `affinity` and `contrastive` are d loss / d cosine's factors before the softmaxes' difference to their targets.
     """
 
-    @staticmethod
-    def forward(ctx, image_BE, text_BE, scale, teacher, rows_per_chunk):  # type: ignore[override]
-        with torch.autocast(image_BE.device.type, enabled=False):  # a bf16 score near 50 would be off by up to 0.125
-            return _InBatchCrossEntropy._forward(ctx, image_BE, text_BE, scale, teacher, rows_per_chunk)
+    student: SoftmaxSums
+    place: int
+    teacher: SoftmaxSums | None = None
+    affinity: Tensor | None = None
+    contrastive: Tensor | None = None
 
-    @staticmethod
-    def _forward(ctx, image_BE, text_BE, scale, teacher, rows_per_chunk):
-        at_least = torch.promote_types(image_BE.dtype, torch.float32)
-        x_BE, y_BE, tau = image_BE.to(at_least), text_BE.to(at_least), scale.to(at_least)
-        B = len(x_BE)
-        student = _Scores(x_BE, y_BE, tau, rows_per_chunk)
-        target = None
-        if teacher is not None:
-            teacher_x_BT, teacher_y_BT, teacher_scale = teacher
-            target = _Scores(teacher_x_BT.to(at_least), teacher_y_BT.to(at_least), teacher_scale, rows_per_chunk)
-        loss, entropy = x_BE.new_zeros(()), x_BE.new_zeros(())
-        grad_x_BE, grad_y_BE, grad_tau = torch.zeros_like(x_BE), torch.zeros_like(y_BE), torch.zeros_like(tau)
-        for start in range(0, B, rows_per_chunk):
-            rows = slice(start, start + rows_per_chunk)
-            log_p_RB, log_q_RB = student.log_softmax(rows)
-            g_RB = log_p_RB.exp() + log_q_RB.exp()
-            if target is None:
-                loss -= log_p_RB.diagonal(start).sum() + log_q_RB.diagonal(start).sum()
-                g_RB.diagonal(start).sub_(2)
-            else:
-                for log_student_RB, log_target_RB in zip((log_p_RB, log_q_RB), target.log_softmax(rows), strict=True):
-                    target_RB = log_target_RB.exp()
-                    loss -= (target_RB * log_student_RB).sum()
-                    entropy -= (target_RB * log_target_RB).sum()
-                    g_RB -= target_RB
-            if any(ctx.needs_input_grad):
-                g_y_RE = g_RB @ y_BE
-                grad_x_BE[rows] = tau * g_y_RE
-                grad_y_BE += tau * (g_RB.T @ x_BE[rows])
-                grad_tau += (x_BE[rows] * g_y_RE).sum()  # sum_ij g_ij x_i . y_j
-        inputs = (image_BE, text_BE, scale)
-        grads = (grad_x_BE, grad_y_BE, grad_tau)
-        ctx.save_for_backward(*((grad / (2 * B)).to(x.dtype) for grad, x in zip(grads, inputs, strict=True)))
-        entropy /= 2 * B
-        ctx.mark_non_differentiable(entropy)
-        ctx.set_materialize_grads(False)
-        return loss / (2 * B), entropy
-
-    @staticmethod
-    def backward(ctx, grad_loss, _grad_entropy):  # type: ignore[override]
-        if grad_loss is None:
-            return None, None, None, None, None
-        return *((grad_loss * grad).to(grad.dtype) for grad in ctx.saved_tensors), None, None
+    def gradient(self, pairs: Pairs, tile: Tile, out: str) -> Tensor:
+        """d loss / d cosine of one tile, written to the scratch tile `out`."""
+        weights = [weight for weight in (self.affinity, self.contrastive) if weight is not None]
+        g_rk = self.student.weigh(tile, torch.stack(weights).sum(), out)
+        if self.teacher is not None and self.affinity is not None:
+            g_rk.sub_(self.teacher.weigh(tile, self.affinity, "e"))
+        if self.contrastive is not None:
+            pairs.own_diagonal(tile, g_rk).sub_(2 * self.contrastive)
+        return g_rk
 
 
-class _Scores:
-    """scale * x y^T of one model, a chunk of rows at a time, normalised by the log-sums of all its rows and columns."""
-
-    def __init__(self, x_BE: Tensor, y_BE: Tensor, scale: Tensor | float, rows_per_chunk: int):
-        self.x_BE, self.y_BE, self.scale = x_BE, y_BE, scale
-        row_lse, self.column_lse_B = [], x_BE.new_full((len(y_BE),), -torch.inf)
-        for start in range(0, len(x_BE), rows_per_chunk):
-            s_RB = self._chunk(slice(start, start + rows_per_chunk))
-            row_lse.append(s_RB.logsumexp(1))
-            self.column_lse_B = torch.logaddexp(self.column_lse_B, s_RB.logsumexp(0))
-        self.row_lse_B = torch.cat(row_lse)
-
-    def _chunk(self, rows: slice) -> Tensor:
-        return self.scale * (self.x_BE[rows] @ self.y_BE.T)
-
-    def log_softmax(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(over the texts of each row, over the images of each column), for these rows."""
-        s_RB = self._chunk(rows)
-        return s_RB - self.row_lse_B[rows, None], s_RB - self.column_lse_B
+def _terms(pairs: Pairs, softmaxes: _Softmaxes, upstream: tuple[Tensor | None, ...], world: World) -> list[_Term]:
+    """Of world.size times the loss, since a data parallel wrapper averages gradients over ranks."""
+    per_row = world.size / (2 * len(pairs.text))
+    terms = []
+    if softmaxes.affinity is not None and upstream[0] is not None:
+        student, teacher = softmaxes.affinity
+        terms = [_Term(student, 2, teacher, affinity=per_row * student.scale * upstream[0])]
+    if softmaxes.contrastive is not None and upstream[1] is not None:
+        factor = per_row * softmaxes.contrastive.scale * upstream[1]
+        if terms and terms[0].student is softmaxes.contrastive:
+            return [terms[0]._replace(contrastive=factor)]
+        terms.append(_Term(softmaxes.contrastive, 3, contrastive=factor))
+    return terms
 
 
-def feature_loss(student_BT: Tensor, teacher_BT: Tensor) -> Tensor:
+def _gradients(pairs: Pairs, terms: list[_Term], needs: tuple[bool, ...], world: World) -> list[Tensor | None]:
+    """For image, text, and the scales of affinity, contrastive and teacher; None where not needed."""
+    image, text = pairs.image, pairs.text
+    by_euler = len(terms) == 1 and needs[terms[0].place]
+    d_image = torch.zeros_like(image) if needs[0] or (by_euler and not needs[1]) else None
+    d_text = torch.zeros_like(text) if needs[1] else None
+    d_scales: dict[int, Tensor] = dict.fromkeys((2, 3, 4), image.new_zeros(()))
+    for tile in pairs.tiles():
+        g_rk = _tile_gradient(pairs, tile, terms, needs, d_scales)
+        if d_image is not None:
+            d_image[tile.rows].addmm_(g_rk, text[tile.columns])
+        if d_text is not None:
+            d_text[tile.columns].addmm_(g_rk.T, image[tile.rows])
+    if by_euler:
+        by_rows = [row_dots(x, dx) for x, dx in ((image, d_image), (text, d_text)) if dx is not None]
+        d_scales[terms[0].place] = by_rows[0].sum() / terms[0].student.scale  # both sums are the same number
+    if d_text is not None:
+        d_text = world.scatter_sum(d_text, pairs.layout.counts)
+    return [
+        grad if needed else None for grad, needed in zip((d_image, d_text, *d_scales.values()), needs, strict=False)
+    ]
+
+
+def _tile_gradient(
+    pairs: Pairs, tile: Tile, terms: list[_Term], needs: tuple[bool, ...], d_scales: dict[int, Tensor]
+) -> Tensor:
+    """d loss / d cosine of one tile, and what of the scales' gradients is not Euler's: added to `d_scales`."""
+    total_rk = None
+    for term, out in zip(terms, ("gradient", "other gradient"), strict=False):
+        g_rk = term.gradient(pairs, tile, out)
+        if needs[term.place] and len(terms) > 1:
+            d_scales[term.place] = d_scales[term.place] + _dot(g_rk, tile.cosines[0]) / term.student.scale
+        if needs[4] and term.teacher is not None and term.affinity is not None:
+            d_scales[4] = d_scales[4] - term.affinity * _covariance(term.teacher, tile)
+        total_rk = g_rk if total_rk is None else total_rk.add_(g_rk)
+    assert total_rk is not None, "no term"
+    return total_rk
+
+
+def _covariance(teacher: SoftmaxSums, tile: Tile) -> Tensor:
+    """This tile's part of the covariances of student's and teacher's cosines under the teacher's softmaxes."""
+    cosine_rk, target_rk = tile.cosines
+    by_row_rk, by_column_rk = teacher.softmaxes(tile)
+    mean_B, mean_N = (mean.to(cosine_rk.dtype) for mean in teacher.means(0))
+    by_row_rk.mul_(cosine_rk - mean_B[tile.rows, None])
+    by_column_rk.mul_(cosine_rk - mean_N[tile.columns])
+    return _dot(by_row_rk.add_(by_column_rk), target_rk)
+
+
+def _dot(a_rk: Tensor, b_rk: Tensor) -> Tensor:
+    return torch.dot(a_rk.flatten(), b_rk.flatten())
+
+
+def feature_loss(student_BT: Tensor, teacher_BT: Tensor, *, world: World = ALONE) -> Tensor:
     """1 - cosine similarity, averaged over rows; 0 where the student's (projected) embedding is the teacher's."""
-    return 1 - F.cosine_similarity(student_BT, teacher_BT, dim=-1).mean()
+    return world.mean(1 - F.cosine_similarity(student_BT, teacher_BT, dim=-1))

@@ -10,7 +10,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tinyclip.distill.affinity import affinity_loss, contrastive_loss, feature_loss
+from tinyclip.distill.affinity import affinity_and_contrastive_loss, affinity_loss, contrastive_loss, feature_loss
+from tinyclip.distributed import ALONE, World
 from tinyclip.model import Config
 
 
@@ -55,28 +56,50 @@ def total_loss(
     learned_scale: Tensor,
     teacher: tuple[Tensor, Tensor, float] | None,
     project: nn.Linear | None,
+    *,
+    world: World = ALONE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, terms) of unit embeddings. `terms` carry no gradient; "affinity_kl" is 0 where the student agrees."""
+    """(loss, terms) of unit embeddings. `terms` carry no gradient; "affinity_kl" is 0 where the student agrees.
+
+    On several ranks each gives its own pairs, and gets the loss of all and `world.size` times its share of the gradient
+    (which a data parallel wrapper averages).
+    """
     loss = image_BE.new_zeros(())
     terms: dict[str, Tensor] = {}
-    if objective.contrastive:
-        term = contrastive_loss(image_BE, text_BE, learned_scale)
-        terms["contrastive"] = term.detach()
-        loss = loss + objective.contrastive * term
-    if teacher is None:
-        return loss, terms
-    teacher_image_BT, teacher_text_BT, teacher_own_scale = teacher
-    if objective.affinity:
-        student_scale = learned_scale if objective.student_scale == "learned" else float(objective.student_scale)
-        teacher_scale = teacher_own_scale if objective.teacher_scale == "teacher" else float(objective.teacher_scale)
-        term, entropy = affinity_loss(
-            image_BE, text_BE, student_scale, teacher_image_BT, teacher_text_BT, teacher_scale
-        )
-        terms["affinity_kl"] = term.detach() - entropy
-        loss = loss + objective.affinity * term
-    if objective.feature:
+    contrastive, affinity, entropy = _in_batch(objective, image_BE, text_BE, learned_scale, teacher, world)
+    if contrastive is not None:
+        terms["contrastive"] = contrastive.detach()
+        loss = loss + objective.contrastive * contrastive
+    if affinity is not None and entropy is not None:
+        terms["affinity_kl"] = affinity.detach() - entropy
+        loss = loss + objective.affinity * affinity
+    if objective.feature and teacher is not None:
         image_BT, text_BT = (image_BE, text_BE) if project is None else (project(image_BE), project(text_BE))
-        term = (feature_loss(image_BT, teacher_image_BT) + feature_loss(text_BT, teacher_text_BT)) / 2
+        term = (feature_loss(image_BT, teacher[0], world=world) + feature_loss(text_BT, teacher[1], world=world)) / 2
         terms["feature"] = term.detach()
         loss = loss + objective.feature * term
     return loss, terms
+
+
+def _in_batch(
+    objective: Objective,
+    image_BE: Tensor,
+    text_BE: Tensor,
+    learned_scale: Tensor,
+    teacher: tuple[Tensor, Tensor, float] | None,
+    world: World,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(contrastive, affinity, the teacher's entropy), None where not asked for; one pass gives all."""
+    if teacher is None or not objective.affinity:
+        if not objective.contrastive:
+            return None, None, None
+        return contrastive_loss(image_BE, text_BE, learned_scale, world=world), None, None
+    teacher_image_BT, teacher_text_BT, teacher_own_scale = teacher
+    student_scale = learned_scale if objective.student_scale == "learned" else float(objective.student_scale)
+    teacher_scale = teacher_own_scale if objective.teacher_scale == "teacher" else float(objective.teacher_scale)
+    target = (teacher_image_BT, teacher_text_BT, teacher_scale)
+    if not objective.contrastive:
+        return None, *affinity_loss(image_BE, text_BE, student_scale, *target, world=world)
+    scales = (student_scale, learned_scale)
+    losses = affinity_and_contrastive_loss(image_BE, text_BE, *scales, *target, world=world)
+    return losses.contrastive, losses.affinity, losses.entropy
