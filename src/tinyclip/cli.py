@@ -166,7 +166,10 @@ def _print_suite(results: dict[str, Any], model: str) -> None:
         for name, why in results.get(kind, {}).items():
             Console().print(f"{noun}: {name}: {why}", highlight=False, markup=False, soft_wrap=True)
     mean = results["mean"]
-    Console().print(f"mean of {mean['of']} of {mean['n_datasets']} data sets: {mean['value']:.1%}", highlight=False)
+    shown = dict(
+        with_interval({"mean": mean["value"], **{f"mean_{end}": mean[end] for end in ("low", "high") if end in mean}})
+    )
+    Console().print(f"mean of {mean['of']} of {mean['n_datasets']} data sets: {shown['mean']}", highlight=False)
 
 
 @app.command()

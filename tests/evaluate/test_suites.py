@@ -239,7 +239,9 @@ def test_the_mean_is_over_what_is_there_and_says_what_is_not(root, colours):
     assert result["absent"]["mnist"] == f"no folder mnist or wds_mnist in {root}"
     top1 = {name: scores["top1"] for name, scores in result["datasets"].items()}
     assert top1 == {"shards": 1.0, "folders": 1.0, "swapped": 0.5}  # light green twice; red and blue change places
-    assert result["mean"] == {"value": pytest.approx(2.5 / 3), "of": 3, "n_datasets": 5}
+    assert result["mean"] | {"low": 0, "high": 0} == {
+        "value": pytest.approx(2.5 / 3), "low": 0, "high": 0, "of": 3, "n_datasets": 5
+    }  # fmt: skip
     assert result["in_mean"] == {"shards": "top1", "folders": "mean_per_class", "swapped": "top1"}
     assert {"top1_low", "top1_high", "mean_per_class", "n", "classes"} <= result["datasets"]["folders"].keys()
     assert "top5" not in result["datasets"]["folders"]
@@ -417,3 +419,12 @@ def test_what_torchvision_does_not_split_is_not_trained_on(tmp_path):
     row = suites.DATASETS["sun397"]
     assert suites._from_torchvision("sun397", row, tmp_path, "train") is None
     assert len(suites._from_torchvision("sun397", row, tmp_path, "test")) == 2
+
+
+def test_the_means_interval_by_eye():
+    """Half widths of 3 and 4 points are 5 of the sum, and 2.5 of the mean."""
+    a = {"top1": 0.4, "top1_low": 0.37, "top1_high": 0.43}
+    b = {"map": 0.6, "map_low": 0.56, "map_high": 0.64}
+    mean = suites._mean({"a": a, "b": b}, {"a": "top1", "b": "map"})
+    assert mean == pytest.approx({"value": 0.5, "low": 0.475, "high": 0.525})
+    assert suites._mean({"a": a, "b": {"map": 0.6}}, {"a": "top1", "b": "map"}) == {"value": pytest.approx(0.5)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -252,7 +253,7 @@ def run_suite(
 ) -> dict[str, Any]:
     """Zero-shot scores of every data set that is there, with `probe` those of a linear probe too.
 
-    {"suite", "datasets": {name: scores}, "absent": {name: why}, "mean": {"value", "of", "n_datasets"},
+    {"suite", "datasets": {name: scores}, "absent": {name: why}, "mean": {"value", "low", "high", "of", "n_datasets"},
     "in_mean": {name: score}}: the mean is over `of` data sets of `n_datasets`, each by the score that `in_mean` names.
     With `probe` also "probe_absent": {name: why}. All sets are opened before the first is scored. Raises ValueError as
     `open_suite` does, where no data set is there, and for a model without a text tower.
@@ -269,15 +270,28 @@ def run_suite(
         say(f"{number} of {len(present)}: {name}, {len(labelled):,} images")
         datasets[name] = _scores(model, labelled, train.get(name), batch_size, workers)
     in_mean = {name: SCORE_OF_METRIC[labelled.metric] for name, labelled in present.items()}
-    mean = statistics.fmean(datasets[name][score] for name, score in in_mean.items())
     result = {
         "suite": suite,
         "datasets": datasets,
         "absent": _absent(test.values()),
-        "mean": {"value": mean, "of": len(present), "n_datasets": len(test)},
+        "mean": {**_mean(datasets, in_mean), "of": len(present), "n_datasets": len(test)},
         "in_mean": in_mean,
     }
     return result | ({"probe_absent": _absent(train.values())} if probe else {})
+
+
+def _mean(datasets: Mapping[str, Mapping[str, float]], in_mean: Mapping[str, str]) -> dict[str, float]:
+    """ "value", and where every score has an interval "low" and "high": those add up as normal and independent."""
+    value = statistics.fmean(datasets[name][score] for name, score in in_mean.items())
+    widths = [
+        datasets[name][f"{score}_high"] - datasets[name][f"{score}_low"]
+        for name, score in in_mean.items()
+        if f"{score}_low" in datasets[name]
+    ]
+    if len(widths) < len(in_mean):
+        return {"value": value}
+    half = math.hypot(*widths) / (2 * len(widths))
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half)}
 
 
 def _train(labelled: LabelledSet, opener: Opener) -> LabelledSet | Absent:
