@@ -29,7 +29,7 @@ lint: install
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 demo: install
 	$(BIN)/tinyclip demo
