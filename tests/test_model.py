@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.shrink.test_keep import random_gates, tiny_clip
 from tinyclip.formats.open_clip import config_from_open_clip, config_to_open_clip, from_open_clip, to_open_clip
-from tinyclip.model import CLIP, CLIPConfig, initialise, lengths
+from tinyclip.model import CLIP, MACS_PER_CALL, CLIPConfig, initialise, lengths
 from tinyclip.preprocess import Preprocess
 
 GOLDEN_VIT = {
@@ -224,8 +224,9 @@ def test_the_last_block_is_computed_for_the_token_that_is_read_alone(gated):
                 torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
-def test_texts_in_chunks_of_similar_length_are_the_same_texts():
+def test_texts_in_chunks_of_similar_length_are_the_same_texts(monkeypatch):
     """Value and gradient, in the order that they came in; lengths from 2 to the context."""
+    monkeypatch.setitem(MACS_PER_CALL, "cpu", 1.0)
     generator = torch.Generator().manual_seed(0)
     model = tiny_clip().text
     tokens_BL = torch.randint(1, 28, (300, 7), generator=generator)
@@ -245,6 +246,9 @@ def test_texts_in_chunks_of_similar_length_are_the_same_texts():
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     model.in_chunks(tokens_BL, length_B)
     assert len(seen) == 8 and sum(rows for rows, _ in seen) == 300 and seen[0][1] < seen[-1][1] == 7
+    monkeypatch.undo()
+    model.in_chunks(tokens_BL, length_B)  # a tower so small is called once
+    assert len(seen) == 9 and seen[-1] == (300, 7)
 
 
 def test_compiled_towers_compute_the_same_and_are_compiled_once(monkeypatch):

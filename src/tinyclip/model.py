@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tinyclip.formats.provenance import Provenance
 
-MAX_CHUNKS, ROWS_PER_CHUNK = 8, 32  # of texts: more chunks leave less padding, and make smaller products
+MACS_PER_CALL = {"cpu": 5e7, "cuda": 1e10}  # what calling a block once more costs, in multiply-accumulates; roughly
 COMPILER = "inductor"
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
 
@@ -392,6 +392,7 @@ class TextTower(Tower):
 
     def __init__(self, config: TextConfig, clip: CLIPConfig):
         super().__init__(config, clip, causal=True)
+        self.macs_per_token = config.prunable_params
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.zeros(config.context_length, config.width))
         self.norm_final = LayerNorm(config.width, eps=clip.norm_eps)
@@ -414,9 +415,19 @@ class TextTower(Tower):
         if len(tokens_BL) == 0:
             return self(tokens_BL, gates)
         order_B = length_B.argsort(stable=True)
-        chunks = order_B.tensor_split(min(MAX_CHUNKS, -(-len(order_B) // ROWS_PER_CHUNK)))
+        chunks = order_B.tensor_split(self._num_chunks(length_B[order_B], tokens_BL.device))
         parts = [self(tokens_BL[rows.to(tokens_BL.device), : int(length_B[rows[-1]])], gates) for rows in chunks]
         return torch.cat(parts)[order_B.argsort().to(tokens_BL.device)]
+
+    def _num_chunks(self, sorted_B: Tensor, device: torch.device) -> int:
+        """Of 1, 2, 4 and 8 the cheapest: more chunks leave less padding, and every one is a call of every block."""
+        macs_per_call = MACS_PER_CALL.get(device.type, MACS_PER_CALL["cuda"]) * len(self.blocks)
+
+        def macs(num_chunks: int) -> float:
+            tokens = sum(len(chunk) * int(chunk[-1]) for chunk in sorted_B.tensor_split(num_chunks))
+            return tokens * self.macs_per_token + num_chunks * macs_per_call
+
+        return min((n for n in (1, 2, 4, 8) if n <= len(sorted_B)), key=macs)
 
 
 class CLIP(nn.Module):

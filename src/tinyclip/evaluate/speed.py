@@ -25,6 +25,7 @@ def pairs_per_s(models: Mapping[str, CLIP], *, batch_size: int = 64, repeats: in
         config = model.config
         pixels = torch.zeros(batch_size, 3, config.image.image_size, config.image.image_size, device=model.device)
         tokens_BL = torch.ones(batch_size, config.text.context_length, dtype=torch.int64, device=model.device)
+        tokens_BL[:, -1] = config.text.vocab_size - 1  # the end
         started = time.perf_counter()
         image_BE, text_BE = model(pixels, tokens_BL)
         (image_BE.sum() + text_BE.sum()).item()  # waits for the device
