@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyclip.evaluate import Difference, interval, paired_difference, with_interval
-from tinyclip.evaluate.confidence import median_interval, ratio_interval, resampled_sums
+from tinyclip.evaluate.confidence import bootstrap, median_interval, ratio_interval, resampled_sums
 
 
 def answers(count, share, seed=0):
@@ -129,3 +129,13 @@ def test_what_has_no_interval_is_refused(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_the_bootstrap_of_any_score_is_that_of_the_mean_where_the_score_is_a_mean():
+    value_N = torch.arange(50, dtype=torch.float64)
+    (ours,) = bootstrap(lambda drawn: [value_N[drawn].mean().item()], 50)
+    expected = interval(value_N)
+    assert ours.value == expected.value and ours.n == 50
+    assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high), rel=0.03)
+    (some,) = bootstrap(lambda drawn: [1.0 if (drawn == 0).any() else float("nan")], 3)
+    assert some == (1.0, 1.0, 1.0, 3)  # draws without item 0 have no score

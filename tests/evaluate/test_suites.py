@@ -373,7 +373,9 @@ def test_an_image_of_several_classes(tmp_path, colours):
     entry = {"name": "many", "data": "many", "metric": "map_11point"}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"datasets": [entry]}))
     scores = run_suite(colours, str(tmp_path / "s.yaml"), tmp_path)["datasets"]["many"]
-    assert scores.keys() == {"map", "map_11point", "n", "classes"} and 0.5 < scores["map"] <= 1
+    ends = {f"{name}_{end}" for name in ("map", "map_11point") for end in ("low", "high")}
+    assert scores.keys() == {"map", "map_11point", "n", "classes"} | ends
+    assert 0.5 < scores["map"] <= 1 and scores["map_low"] <= scores["map"] <= scores["map_high"]
     entry["metric"] = "accuracy"
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"datasets": [entry]}))
     with pytest.raises(ValueError, match="many: accuracy is not for images of several classes; only map_11point"):

@@ -9,10 +9,11 @@ Shape legend: N items, S sums, R resamples in a chunk, M members (such as captio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 RESAMPLES = 1000
@@ -124,6 +125,24 @@ def median_interval(
         for counts_N in _resampled_counts(num_items, resamples, np.random.default_rng(seed))
     ]
     return Interval(float(np.median(sorted_M)), *_quantiles(np.array(draws), level), num_items)
+
+
+def bootstrap(
+    scores: Callable[[Tensor], Sequence[float]],
+    n: int,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> list[Interval]:
+    """Intervals of scores that are no means: `scores` of the numbers [N] of the items that were drawn.
+
+    A draw without a score (NaN), such as one without an item of some class, is left out.
+    """
+    rng = np.random.default_rng(seed)
+    draws = [scores(torch.from_numpy(index_N)) for index_RN in _draws(n, resamples, rng) for index_N in index_RN]
+    columns = zip(scores(torch.arange(n)), np.array(draws, dtype=np.float64).T, strict=True)
+    return [Interval(float(value), *_quantiles(column[~np.isnan(column)], level), n) for value, column in columns]
 
 
 def resampled_sums(table_NS: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

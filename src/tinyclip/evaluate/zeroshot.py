@@ -17,6 +17,7 @@ Shape legend: I images, C classes, T texts, R images in a chunk, E embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyclip.data.sources import Source
-from tinyclip.evaluate.confidence import interval
+from tinyclip.evaluate.confidence import bootstrap, interval
 from tinyclip.evaluate.embed import (
     QUERIES_PER_CHUNK,
     Model,
@@ -55,6 +56,7 @@ SCORE_OF_METRIC = {  # the score that stands for a data set in the mean of a sui
     "roc_auc": "roc_auc",
     "map_11point": "map_11point",
 }
+PRECISION_RESAMPLES = 200  # each sorts the images anew for every class
 RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
@@ -162,7 +164,7 @@ def _flags(label_sets: Sequence[Sequence[int]], num_classes: int) -> Tensor:
 
 
 def answer_scores(answers: Answers, metric: str = "accuracy") -> dict[str, float]:
-    """Shares in [0, 1], those that are means over images with intervals; `n` images and the number of `classes`.
+    """Shares in [0, 1] with intervals; `n` images and the number of `classes`.
 
     Raises ValueError for a metric that the answers do not allow: see the head of this file.
     """
@@ -179,7 +181,12 @@ def answer_scores(answers: Answers, metric: str = "accuracy") -> dict[str, float
             raise ValueError(f"zero-shot: mean_top1_top5 wants at least 5 classes, got {len(answers.class_CE)}")
         scores |= interval((right_I.double() + (answers.rank_I <= 5)) / 2).scores(metric)
     if metric == "roc_auc":
-        scores[metric] = roc_auc(answers.image_IE, answers.class_CE, answers.label_I)
+        image_IE, class_CE, label_I = answers.image_IE, answers.class_CE, answers.label_I
+        (found,) = bootstrap(
+            lambda drawn: [roc_auc(image_IE[drawn], class_CE, label_I[drawn]) if _has_both(label_I[drawn]) else nan],
+            _checked_two(class_CE, label_I),
+        )
+        scores |= found.scores(metric)
     if SCORE_OF_METRIC[metric] not in scores:
         raise ValueError(f"zero-shot: {metric} wants images with several classes, got one each")
     return scores | counts
@@ -190,23 +197,36 @@ def roc_auc(image_IE: Tensor, class_CE: Tensor, label_I: Tensor) -> float:
 
     Ties count half. Raises ValueError unless there are two classes with images of both.
     """
-    if len(class_CE) != 2 or set(label_I.tolist()) != {0, 1}:
-        raise ValueError(f"zero-shot: roc_auc wants images of 2 classes, got {len(class_CE)} classes")
+    _checked_two(class_CE, label_I)
     margin_I = image_IE.double() @ (class_CE[1] - class_CE[0]).double()
     first, second = margin_I[label_I == 0].sort().values, margin_I[label_I == 1]
     below, upto = torch.searchsorted(first, second), torch.searchsorted(first, second, right=True)
     return ((below + upto).double().mean() / (2 * len(first))).item()
 
 
+def _checked_two(class_CE: Tensor, label_I: Tensor) -> int:
+    """The number of images."""
+    if len(class_CE) != 2 or not _has_both(label_I):
+        raise ValueError(f"zero-shot: roc_auc wants images of 2 classes, got {len(class_CE)} classes")
+    return len(label_I)
+
+
+def _has_both(label_I: Tensor) -> bool:
+    return set(label_I.tolist()) == {0, 1}
+
+
 def _precision_scores(image_IE: Tensor, class_CE: Tensor, is_class_IC: Tensor) -> dict[str, float]:
     similarity_IC = image_IE.double() @ class_CE.double().T
-    curves = [
-        average_precision(similarity_IC[:, number], is_class_IC[:, number])
-        for number in range(len(class_CE))
-        if is_class_IC[:, number].any()
-    ]
-    exact, interpolated = torch.tensor(curves, dtype=torch.float64).mean(0).tolist()
-    return {"map": exact, "map_11point": interpolated}
+
+    def means(drawn_I: Tensor) -> Sequence[float]:
+        """Over the classes that occur."""
+        similar_IC, own_IC = similarity_IC[drawn_I], is_class_IC[drawn_I]
+        classes = own_IC.any(0).nonzero()[:, 0].tolist()
+        curves = [average_precision(similar_IC[:, number], own_IC[:, number]) for number in classes]
+        return torch.tensor(curves, dtype=torch.float64).mean(0).tolist() if curves else (nan, nan)
+
+    exact, interpolated = bootstrap(means, len(image_IE), resamples=PRECISION_RESAMPLES)
+    return exact.scores("map") | interpolated.scores("map_11point")
 
 
 def average_precision(similarity_I: Tensor, is_class_I: Tensor) -> tuple[float, float]:
