@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 
 import torch
+from machine import prepare
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyclip.device import use_fast_cpu_products
 from tinyclip.model import attend
 
 SHAPES = {
@@ -40,10 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    fast = use_fast_cpu_products()
-    print(f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads, ", end="")
-    print(f"torch {torch.__version__}, oneDNN fp32 products {'on' if fast else 'off'}")
+    prepare(options.threads)
     for name, (B, H, L, K, causal) in SHAPES.items():
         qkv = torch.randn(3, B, H, L, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
 

@@ -15,18 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import open_clip
 import torch
+from machine import prepare
 from step import batch, clip, theirs
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyclip.device import use_fast_cpu_products
 from tinyclip.distill.objective import Objective, total_loss
 from tinyclip.distill.train import TrainConfig, backward
 from tinyclip.evaluate.zeroshot import classifier
@@ -120,10 +119,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="four classes, two rounds")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    fast = use_fast_cpu_products()
-    print(f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads, ", end="")
-    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, oneDNN fp32 {'on' if fast else 'off'}")
+    prepare(options.threads, open_clip=open_clip.__version__)
     rounds, num_classes = (2, 4) if options.quick else (options.rounds, options.classes)
     for name, contenders in (
         (f"classifier of {num_classes} classes x 80 prompts", classifiers(num_classes)),

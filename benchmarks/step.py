@@ -21,18 +21,17 @@ import argparse
 import copy
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import open_clip
 import torch
+from machine import prepare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyclip.data.loader import Inputs
-from tinyclip.device import use_fast_cpu_products
 from tinyclip.distill.objective import Objective, total_loss
 from tinyclip.distill.train import TrainConfig, backward
 from tinyclip.formats import zoo
@@ -189,12 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one case in fp32, two rounds")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    fast = use_fast_cpu_products()
-    print(f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads, ", end="")
-    print(
-        f"torch {torch.__version__}, open_clip {open_clip.__version__}, oneDNN fp32 products {'on' if fast else 'off'}"
-    )
+    prepare(options.threads, open_clip=open_clip.__version__)
     cases = list(CASES)[:1] if options.quick else list(CASES)
     for case in cases:
         for precision in ("fp32",) if options.quick else ("fp32", "bf16"):

@@ -154,11 +154,9 @@ def test_two_cuts_equal_one():
         )
         for part in ("conv1", "conv2")
     }
-    text = take(take(model, first), second).state_dict()
     at_once = take(model, first.model_copy(update={"image": first.image.model_copy(update=composed)}))
     for name, tensor in at_once.image.state_dict().items():
         assert torch.equal(twice.image.state_dict()[name], tensor), name
-    assert text.keys() == twice.state_dict().keys()
 
 
 @pytest.mark.parametrize(

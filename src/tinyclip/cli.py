@@ -131,12 +131,10 @@ def evaluate(
     )
     use_fast_cpu_products()
     loaded = load_teacher(model).to(pick_device(device))
-    scores = evaluate_model(loaded, wanted)
-    results = (
-        {}
-        if suite is None
-        else run_suite(loaded, suite, data_root, probe=probe, batch_size=batch_size, workers=workers, say=_say)
-    )
+    scores = evaluate_model(loaded, wanted, batch_size=batch_size, workers=workers)
+    results: dict[str, Any] = {}
+    if suite is not None:
+        results = run_suite(loaded, suite, data_root, probe=probe, batch_size=batch_size, workers=workers, say=_say)
     if out is not None:
         write_text(out, json.dumps(scores | results, indent=2))
     if as_json:
@@ -253,11 +251,9 @@ def benchmark(
     as_json: JsonOption = False,
 ) -> None:
     """Latency, throughput and memory, measured: models and ways to run them in turn, with ratios and their spread."""
-    from tinyclip.distill.teacher import OPEN_CLIP
     from tinyclip.evaluate.benchmark import QUICK, Benchmark, to_json
     from tinyclip.evaluate.benchmark import benchmark as measure
     from tinyclip.evaluate.benchmark_table import MIN_WIDTH, tables
-    from tinyclip.formats.checkpoint import load
     from tinyclip.formats.files import validated
 
     given = {
@@ -271,7 +267,7 @@ def benchmark(
     given = {name: value for name, value in given.items() if value is not None}
     settings = validated(Benchmark, {**(QUICK if quick else {}), **given}, "benchmark")
     names = list(dict.fromkeys(models if against is None else [against, *models]))
-    loaded = {name: _load(name) if name.startswith(OPEN_CLIP) else load(name) for name in names}
+    loaded = {name: _load_bare(name) for name in names}
     report = measure(loaded, settings, reference=against, say=_say)
     if as_json:
         print(to_json(report))
@@ -287,15 +283,11 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, MACs and the shape of every layer, counted from the config."""
-    from tinyclip.distill.teacher import OPEN_CLIP
     from tinyclip.evaluate.cost import describe, rows
     from tinyclip.formats import zoo
-    from tinyclip.formats.checkpoint import load
 
-    if model.startswith(zoo.PREFIX):
-        config = zoo.config(model)  # of an architecture without weights too
-    else:
-        config = (_load(model) if model.startswith(OPEN_CLIP) else load(model)).config
+    is_published = model.startswith(zoo.PREFIX)  # an architecture without weights is enough
+    config = zoo.config(model) if is_published else _load_bare(model).config
     facts = describe(config)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -403,6 +395,14 @@ def _load(model: str) -> CLIP:
     if teacher.clip is None:
         raise ValueError(f"{model}: cannot be converted: {teacher.teach_only}")
     return teacher.clip
+
+
+def _load_bare(model: str) -> CLIP:
+    """A model whose weights and sizes are enough: it need not know how it reads pictures and captions."""
+    from tinyclip.distill.teacher import OPEN_CLIP
+    from tinyclip.formats.checkpoint import load
+
+    return _load(model) if model.startswith(OPEN_CLIP) else load(model)
 
 
 def _recipe_name(recipe: str, changes: list[str] | None) -> str:

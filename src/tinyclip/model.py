@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tinyclip.formats.provenance import Provenance
 
-MACS_PER_CALL = {"cpu": 5e7, "cuda": 1e10}  # what calling a block once more costs, in multiply-accumulates; roughly
+MACS_PER_CALL = {"cpu": 5e7, "cuda": 1e10}  # the price of calling a block once more: LOG.md; of a GPU a guess
 COMPILER = "inductor"
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
 

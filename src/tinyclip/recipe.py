@@ -8,10 +8,11 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from tinyclip import __version__
+from tinyclip.config import Config
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
 from tinyclip.formats.provenance import UNKNOWN, Licenses, Origin, Provenance, ancestors, model_origin, public
-from tinyclip.model import CLIP, Config
+from tinyclip.model import CLIP
 from tinyclip.shrink.inherit import Inherit
 from tinyclip.shrink.masks import LearnMasks
 from tinyclip.start import Like, Scratch

@@ -8,11 +8,12 @@ import itertools
 import torch
 from pydantic import Field
 
+from tinyclip.config import Config
 from tinyclip.data.sources import Source
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.evaluate.embed import texts_of
 from tinyclip.formats import checkpoint
-from tinyclip.model import CLIP, CLIPConfig, Config, initialise
+from tinyclip.model import CLIP, CLIPConfig, initialise
 from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.tokenizer import Tokenizer
 

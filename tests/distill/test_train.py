@@ -101,6 +101,15 @@ def test_a_run_that_only_yields_non_finite_steps_stops(tmp_path, monkeypatch):
         train(student, source, DATA, phase(50, objective=CONTRASTIVE), tmp_path)
 
 
+def test_a_run_that_is_scored_at_every_step_stops_too(tmp_path, monkeypatch):
+    student, source = tiny_clip(), open_source(DATA.train)
+    broken = torch.tensor(float("inf"))
+    monkeypatch.setattr("tinyclip.distill.train.total_loss", lambda *_: (student.logit_scale * broken, {}))
+    config = phase(50, objective=CONTRASTIVE, evaluate_every=1)
+    with pytest.raises(ValueError, match="diverged: the loss was not finite for 20 steps"):
+        train(student, source, DATA, config, tmp_path, evaluate=lambda _: {})
+
+
 def test_distillation_lowers_the_divergence_from_the_teacher(tmp_path):
     teacher = load_teacher(str(checkpoint.save(tiny_clip(seed=0), tmp_path / "teacher")))
     student, source = tiny_clip(seed=1), open_source(DATA.train)

@@ -10,9 +10,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tinyclip.config import Config
 from tinyclip.distill.affinity import affinity_and_contrastive_loss, affinity_loss, contrastive_loss, feature_loss
 from tinyclip.distributed import ALONE, World
-from tinyclip.model import Config
 
 
 class Objective(Config):

@@ -171,13 +171,13 @@ def train(
                 for key, reason in batch.skipped:
                     skipped.write({"step": step, "key": key, "reason": reason})
                 metrics.advance(step, len(batch.keys))
-                if evaluate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
-                    values |= evaluate(student)
-                    student.train()
-                    metrics.write(step, _plain(values))
-                elif step % config.log_every == 0 or last:
-                    metrics.write(step, _plain(values))
+                scored = evaluate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0
+                if scored or step % config.log_every == 0 or last:
                     state.check_convergence()
+                    if scored and evaluate is not None:
+                        values |= evaluate(student)
+                        student.train()
+                    metrics.write(step, _plain(values))
                 if last or stop or (step + 1) % config.checkpoint_every == 0:
                     state.save(directory / "checkpoint.pt")
                 if stop:

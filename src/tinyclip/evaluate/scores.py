@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from tinyclip.config import Config
 from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec
 from tinyclip.evaluate.embed import Model
 from tinyclip.evaluate.retrieval import retrieval
 from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, zeroshot
-from tinyclip.model import Config
 
 
 class Evaluation(Config):
@@ -20,11 +20,12 @@ class Evaluation(Config):
     templates: tuple[str, ...] = Field(default=DEFAULT_TEMPLATES, description="zero-shot texts; {} is the class name")
 
 
-def evaluate(model: Model, evaluation: Evaluation) -> dict[str, float]:
-    """Retrieval and zero-shot scores, each a share in [0, 1]."""
+def evaluate(model: Model, evaluation: Evaluation, *, batch_size: int = 64, workers: int = 0) -> dict[str, float]:
+    """Retrieval and zero-shot scores, each a share in [0, 1], with intervals and counts; and median ranks."""
     scores: dict[str, float] = {}
+    reading = {"batch_size": batch_size, "workers": workers}
     if evaluation.retrieval is not None:
-        scores |= retrieval(model, open_source(evaluation.retrieval))
+        scores |= retrieval(model, open_source(evaluation.retrieval), **reading)
     if evaluation.zeroshot is not None:
-        scores |= zeroshot(model, open_source(evaluation.zeroshot), templates=evaluation.templates)
+        scores |= zeroshot(model, open_source(evaluation.zeroshot), evaluation.templates, **reading)
     return scores

@@ -121,10 +121,7 @@ def zeroshot(
     names, image_IE = embed_images(model, source, labels, batch_size=batch_size, workers=workers)
     label_I = torch.tensor([classes[own] for own in names])
     rank_I = own_ranks(image_IE, class_CE, label_I, torch.arange(len(class_CE)))
-    scores: dict[str, float] = {}
-    for k in (k for k in (1, 5) if k <= len(classes)):
-        scores |= interval(rank_I <= k).scores(f"top{k}")
-    return scores | {"n": len(image_IE), "classes": len(classes)}
+    return _top_scores(rank_I, len(classes)) | {"n": len(image_IE), "classes": len(classes)}
 
 
 def answers(model: Model, labelled: LabelledSet, *, batch_size: int = 64, workers: int = 0) -> Answers:
@@ -172,9 +169,7 @@ def answer_scores(answers: Answers, metric: str = "accuracy") -> dict[str, float
     if answers.is_class_IC is not None:
         return _precision_scores(answers.image_IE, answers.class_CE, answers.is_class_IC) | counts
     right_I = answers.rank_I == 1
-    scores = interval(right_I).scores("top1")
-    if len(answers.class_CE) >= 5:
-        scores |= interval(answers.rank_I <= 5).scores("top5")
+    scores = _top_scores(answers.rank_I, len(answers.class_CE))
     scores |= interval(right_I, answers.label_I).scores("mean_per_class")
     if metric == "mean_top1_top5":
         if "top5" not in scores:
@@ -190,6 +185,12 @@ def answer_scores(answers: Answers, metric: str = "accuracy") -> dict[str, float
     if SCORE_OF_METRIC[metric] not in scores:
         raise ValueError(f"zero-shot: {metric} wants images with several classes, got one each")
     return scores | counts
+
+
+def _top_scores(rank_I: Tensor, num_classes: int) -> dict[str, float]:
+    """top1, and top5 of at least 5 classes, with intervals."""
+    scores = interval(rank_I <= 1).scores("top1")
+    return scores | (interval(rank_I <= 5).scores("top5") if num_classes >= 5 else {})
 
 
 def roc_auc(image_IE: Tensor, class_CE: Tensor, label_I: Tensor) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyclip.evaluate.confidence import with_interval
+from tinyclip.evaluate.timings import TOWERS
 from tinyclip.report.charts import Table
 
 Named = list[tuple[str, Table]]
@@ -77,11 +78,8 @@ def _latencies(row: Mapping[str, Any], reference: str) -> list[str]:
     return [name, *times, *rates, ratio, "" if peak is None else f"{peak:,.0f}"]
 
 
-TOWERS = ("image", "text")
-
-
 def _short(value: float) -> str:
-    """Three digits, or all of a larger number."""
+    """Three digits, or all of a larger number, with a comma in it."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

@@ -32,7 +32,7 @@ from tinyclip.model import (
     TowerConfig,
 )
 from tinyclip.model_resnet import FEATURES_PER_WIDTH, ResNetConfig, ResNetTower
-from tinyclip.shrink.inherit_resnet import choose_resnet
+from tinyclip.shrink.inherit_resnet import choose_resnet, picked
 from tinyclip.shrink.keep import Keep, TowerKeep
 from tinyclip.shrink.keep_resnet import ResNetKeep
 
@@ -181,9 +181,7 @@ def _choose_tower(tower: ImageTower | TextTower, config: TowerConfig, rule: Towe
     sizes = _sizes(config, rule, name)
 
     def pick(score: Callable[[], Tensor], count: int, size: int) -> tuple[int, ...]:
-        if rule.channels == "leading" or count == size:
-            return tuple(range(count))
-        return tuple(sorted(score().topk(count).indices.tolist()))
+        return picked(rule.channels, score, count, size)
 
     heads, ffn = [], []
     for layer, kept in zip(sizes.layers, sizes.blocks, strict=True):

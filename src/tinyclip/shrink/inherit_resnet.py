@@ -38,9 +38,7 @@ def choose_resnet(
         raise ValueError(f"image width: expected an even one, 32 x it in heads of {config.head_dim}, got {width}")
 
     def pick(score: Callable[[], Tensor], count: int, size: int) -> Indices:
-        if channels == "leading" or count == size:
-            return tuple(range(count))
-        return tuple(sorted(score().topk(count).indices.tolist()))
+        return picked(channels, score, count, size)
 
     def inner(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Indices:
         return pick(lambda: _scores(norm, conv), max(1, conv.out_channels * width // config.width), conv.out_channels)
@@ -66,6 +64,13 @@ def choose_resnet(
         conv1=tuple(inner(block.conv1, block.bn1) for block in kept),
         conv2=tuple(inner(block.conv2, block.bn2) for block in kept),
     )
+
+
+def picked(channels: Literal["leading", "largest"], score: Callable[[], Tensor], count: int, size: int) -> Indices:
+    """`count` of `size` indices: the first, or those with the largest scores, which are looked at only then."""
+    if channels == "leading" or count == size:
+        return tuple(range(count))
+    return tuple(sorted(score().topk(count).indices.tolist()))
 
 
 @torch.no_grad()

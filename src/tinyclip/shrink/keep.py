@@ -15,7 +15,7 @@ from torch import Tensor
 from tinyclip.config import Config
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, Gates, TowerConfig, TowerGates
 from tinyclip.model_resnet import ResNetConfig, ResNetGates
-from tinyclip.shrink.keep_resnet import ResNetKeep, take_resnet
+from tinyclip.shrink.keep_resnet import ResNetKeep, counts, take_resnet
 
 AnyTower = TypeVar("AnyTower", bound=TowerConfig)
 
@@ -55,11 +55,6 @@ class TowerKeep(Config):
 
     def describe(self, config: TowerConfig, tower: str) -> str:
         """The map: which layers, and how many channels, heads and neurons of how many."""
-
-        def counts(kept: tuple[tuple[int, ...], ...]) -> str:
-            numbers = [len(indices) for indices in kept]
-            return f"{numbers[0]} each" if len(set(numbers)) == 1 else " ".join(map(str, numbers))
-
         layers = "all" if len(self.blocks) == len(config.blocks) else " ".join(map(str, self.blocks))
         return (
             f"{tower}: layers {layers} of {len(config.blocks)}, width {len(self.width)} of {config.width}, "

@@ -88,7 +88,7 @@ class ResNetKeep(Config):
         )
         return (
             f"{tower}: blocks per stage {stages}, width {len(self.width)} of {config.width}, "
-            f"inner channels {_counts(self.conv1)} (1x1) and {_counts(self.conv2)} (3x3)"
+            f"inner channels {counts(self.conv1)} (1x1) and {counts(self.conv2)} (3x3)"
         )
 
     @classmethod
@@ -116,7 +116,8 @@ class ResNetKeep(Config):
         return cls.everything(config).model_copy(update={"conv1": indices(gates.conv1), "conv2": indices(gates.conv2)})
 
 
-def _counts(kept: tuple[Indices, ...]) -> str:
+def counts(kept: tuple[Indices, ...]) -> str:
+    """How many are kept of each block: `3 each`, or `3 1 2`."""
     numbers = [len(indices) for indices in kept]
     return f"{numbers[0]} each" if len(set(numbers)) == 1 else " ".join(map(str, numbers))
 
