@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lint test demo bench evidence clean
+.PHONY: help install lint test soak demo bench evidence clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make install   create .venv and install tinyclip with its development tools"
 	@echo "make lint      ruff and pyright"
 	@echo "make test      lint, then pytest"
+	@echo "make soak      stop and continue small runs at FAULTS random points (300) and compare what they leave"
 	@echo "make demo      shrink a small CLIP on generated pictures"
 	@echo "make bench     the tables of RESULTS.md that are timings"
 	@echo "make evidence  those on real pairs; DATA is the folder of the data sets"
@@ -31,6 +32,11 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
 
+FAULTS ?= 300
+SEED ?= 0
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --faults $(FAULTS) --seed $(SEED)
+
 demo: install
 	$(BIN)/tinyclip demo
 
@@ -39,6 +45,7 @@ bench: install
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/data.py
 
 DATA ?= data
 evidence: install

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from machine import prepare
 from peers import official_both, official_soft, one_matrix, open_clip_distill, row_chunks
 from torch import Tensor
 
@@ -137,17 +137,6 @@ def measure_memory(contender: str, N: int) -> float:
     return (peak() - before) * 1024 / 1e6
 
 
-def machine(fast: bool) -> dict[str, object]:
-    return {
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "fp32 products": "oneDNN" if fast else "torch's default",
-        "E": E,
-        "scale": SCALE,
-    }
-
-
 def compare(N: int, repeats: int) -> list[str]:
     """Prints a line for each contender; returns the goals that were missed."""
     times = seconds(CONTENDERS, N, repeats)
@@ -186,12 +175,12 @@ def main() -> None:
     parser.add_argument("--measure-memory", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, nargs="+", help="instead of the sizes above")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    fast = use_fast_cpu_products()
     if options.measure_memory:
+        torch.set_num_threads(options.threads)
+        use_fast_cpu_products()
         print(json.dumps(measure_memory(options.measure_memory, options.pairs[0])))
         return
-    print(json.dumps(machine(fast)), flush=True)
+    prepare(options.threads, embedding=E, scale=SCALE)
     if options.largest:
         largest()
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 
 import torch
@@ -9,10 +10,10 @@ import torch
 from tinyclip.device import use_fast_cpu_products
 
 
-def prepare(threads: int, **versions: str) -> None:
-    """Set the threads and the products, and print them with the machine and versions."""
+def prepare(threads: int, **more: object) -> None:
+    """Set the threads and the products, and print them with the machine, torch's version and `more`: a line of JSON."""
     torch.set_num_threads(threads)
     fast = use_fast_cpu_products()
-    libraries = ", ".join(f"{name} {version}" for name, version in {"torch": torch.__version__, **versions}.items())
-    print(f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} threads, ", end="")
-    print(f"{libraries}, oneDNN fp32 products {'on' if fast else 'off'}")
+    row = {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": threads}
+    row |= {"fp32 products": "oneDNN" if fast else "torch's default", "torch": torch.__version__}
+    print(json.dumps(row | more), flush=True)

@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of the pages beside this file, so that they say what the code says.
+"""Rewrite the generated parts of the pages beside this file and of RESULTS.md, so that they say what the code says.
 
     python docs/generate.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
@@ -33,6 +34,9 @@ from tinyclip.recipes import PRESETS
 from tinyclip.shrink.inherit import layer_map
 from tinyclip.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+tables = import_module("tables")
 PART = re.compile(r"(<!-- generated: (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
 
@@ -139,9 +143,17 @@ def checkpoints() -> Iterator[str]:
         yield _row(f"`{zoo.PREFIX}{architecture}-{data}`", how, f"`{sha256}`" if sha256 else "none")
 
 
+def benchmark(table: str) -> Iterator[str]:
+    """A table of what was measured, with the machine."""
+    name = table.partition("_")[0]
+    yield f"`python benchmarks/{name}.py`. {tables.machine(name)}"
+    yield ""
+    yield from (_row(*cells) for cells in getattr(tables, table)())
+
+
 PARTS = {
     part.__name__: part
-    for part in (fields, presets, keys, maps, outputs, tolerances, names, architectures, checkpoints)
+    for part in (fields, presets, keys, maps, outputs, tolerances, names, architectures, checkpoints, benchmark)
 }
 
 
@@ -200,5 +212,5 @@ def _default(info: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    for path in sorted(Path(__file__).parent.glob("*.md")):
+    for path in (*sorted(Path(__file__).parent.glob("*.md")), ROOT / "RESULTS.md"):
         path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")

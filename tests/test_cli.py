@@ -254,7 +254,7 @@ def data(tmp_path) -> Path:
     "name, message",
     [
         ("none.tsv", "none.tsv: No such file or directory"),
-        ("none", "none: no such folder (or .zip, table .tsv/.csv, shard .tar)"),
+        ("none", "none: no such folder (or .zip, table .tsv/.csv/.parquet, shard .tar)"),
         ("none.tar", "none.tar: No such file or directory"),
         ("empty.tsv", "empty.tsv: empty, expected a header line"),
         ("headeronly.tsv", "headeronly.tsv: no images"),
@@ -288,7 +288,7 @@ def test_the_same_data_whole_trains(name, tiny, teacher, recipe, data, tmp_path)
         (("--retrieval", "DATA/corrupt.tsv"), "expected images, none of the 8 that have a text can be read"),
         (("--zeroshot", "DATA/good.tsv"), "expected labels, none of the 8 items has any"),
         (("--zeroshot", "scenes?split=classes&count=8", "--template", "plain"), "expected templates like"),
-        (("--retrieval", "scenes?split=test"), "split: Input should be 'train', 'heldout' or 'classes'"),
+        (("--retrieval", "scenes?split=test"), "split: expected 'train', 'heldout' or 'classes', got 'test'"),
         (("--retrieval", "scenes?count=4", "--device", "warp"), "device: 'warp' cannot be used here"),
     ],
 )

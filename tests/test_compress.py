@@ -96,7 +96,7 @@ def test_a_stage_records_scores_cost_and_map_and_leaves_no_scaffolding(finished)
         assert stage["cost"]["parameters"] == sum(
             parameter.numel() for parameter in tinyclip.load(run / stage["name"]).parameters()
         )
-    assert not list(run.rglob("checkpoint.pt")) and not list(run.rglob("shrunk"))
+    assert not list(run.rglob("checkpoint*")) and not list(run.rglob("shrunk"))
     assert len(json.loads((run / "0-auto-70" / "keep.json").read_text())["image"]["blocks"]) == 2
     assert any("prunable parameters; image: layers" in line for line in lines)  # the map was printed
     assert json.loads((run / "teacher.json").read_text())["cost"]["parameters"] > stages[0]["cost"]["parameters"]
@@ -125,8 +125,8 @@ def start(recipe_file, run) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
-def wait_for(path, process: subprocess.Popen) -> None:
-    while not path.exists():
+def wait_for(run, pattern, process: subprocess.Popen) -> None:
+    while not list(run.glob(pattern)):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
 
@@ -135,8 +135,8 @@ def wait_for(path, process: subprocess.Popen) -> None:
     "after, stop, status, workers",
     [
         ("0-auto-70/stage.json", signal.SIGKILL, -signal.SIGKILL, 0),  # between the stages
-        ("0-auto-70/masks/checkpoint.pt", signal.SIGKILL, -signal.SIGKILL, 0),  # while masks are learned
-        ("1-manual-35/distill/checkpoint.pt", signal.SIGINT, 130, 2),  # while distilling; the workers get it too
+        ("0-auto-70/masks/checkpoint-*.pt", signal.SIGKILL, -signal.SIGKILL, 0),  # while masks are learned
+        ("1-manual-35/distill/checkpoint-*.pt", signal.SIGINT, 130, 2),  # while distilling; the workers get it too
     ],
 )
 def test_a_run_that_was_cut_off_continues_to_the_same_bits(finished, teacher, tmp_path, after, stop, status, workers):
@@ -145,7 +145,7 @@ def test_a_run_that_was_cut_off_continues_to_the_same_bits(finished, teacher, tm
     settings["data"]["workers"] = workers
     recipe_file.write_text(yaml.safe_dump(settings))
     process = start(recipe_file, run)
-    wait_for(run / after, process)
+    wait_for(run, after, process)
     os.killpg(process.pid, stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in errors

@@ -90,7 +90,7 @@ def test_micro_batches_count_every_picture_once(teacher):
     pixels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokens = tinyclip.load(teacher).tokenizer([f"{number} red rings" for number in range(8)])
 
-    def loss(image_BE, text_BE):
+    def loss(image_BE, text_BE, _scale):
         return (image_BE * text_BE).sum(), {}
 
     model, expected = tinyclip.load(teacher).train(), tinyclip.load(teacher).train()

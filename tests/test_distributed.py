@@ -133,7 +133,7 @@ def after_a_step(where, inputs, teacher, *, chunk=None, freeze_image=False):
         project.weight.copy_(unit(T, E, 9))
 
     def loss_of(image, text, scale):
-        return total_loss(objective, image, text, scale, (*teacher, 50.0), project, world=where)[0]
+        return total_loss(objective, image, text, scale, [(*teacher, 50.0)], project, world=where)[0]
 
     if chunk is None:
         loss_of(*model(*inputs)).backward()
@@ -207,7 +207,7 @@ def on_rank(rank, size, folder, port):
         errors |= {f"{counts}, {name}": value for name, value in cases_of(where, counts)}
         if min(counts):  # a model's forward on no pairs is DDP's business
             errors |= {f"{counts}, {name}": value for name, value in step_cases(where, counts)}
-    counting = CountingWorld(where.rank, where.size, where.group)
+    counting = CountingWorld(where.rank, where.size, where.group, where.control)
     counts = COUNTS[size][0]
     error(counting, counts, both, embeddings(sum(counts)))
     seen = {"rank": where.rank, "size": where.size, "errors": errors, "moved": counting.moved}

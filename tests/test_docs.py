@@ -220,9 +220,9 @@ def test_every_setting_of_a_recipe_stands_in_a_table():
     assert {model.__name__ for model in models_in(Recipe)} <= shown
 
 
-def models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
+def models_in(model: type[BaseModel], seen: frozenset[type[BaseModel]] = frozenset()) -> set[type[BaseModel]]:
     inside = {found for field in model.model_fields.values() for found in _models(field.annotation)}
-    return {model}.union(*map(models_in, inside))
+    return {model}.union(*(models_in(found, seen | {model}) for found in inside - seen - {model}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -262,7 +262,7 @@ def test_memory_of_the_shard_index(tmp_path):
         bytes_per_sample = tracemalloc.get_traced_memory()[0] / len(source)
     finally:
         tracemalloc.stop()
-    assert 600 < bytes_per_sample < 900  # what README.md and docs/data.md say
+    assert 100 < bytes_per_sample < 300  # what README.md says, and docs/data.md
 
 
 def test_how_far_the_official_cut_is_from_its_masked_model(shared):

@@ -251,6 +251,7 @@ def test_texts_in_chunks_of_similar_length_are_the_same_texts(monkeypatch):
     assert len(seen) == 9 and seen[-1] == (300, 7)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at inputs' gradients
 def test_compiled_towers_compute_the_same_and_are_compiled_once(monkeypatch):
     """For any number of pairs and any lengths of texts, gates included."""
     monkeypatch.setattr("tinyclip.model.COMPILER", "aot_eager")  # it traces alike, and needs no C++

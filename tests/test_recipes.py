@@ -224,7 +224,8 @@ def test_a_file_that_is_no_recipe_is_one_line(content, message, tmp_path):
     [
         (
             {"techer": 1},
-            "techer: unknown field; known: data, device, evaluation, licenses, seed, stages, start, teacher",
+            "techer: unknown field; known: data, device, evaluation, licenses, more_teachers, seed, "
+            "shard_teacher, stages, start, store, teacher",
         ),
         ({"stages__0__shrink__keep": 1}, "stages.0.shrink.keep: unknown field; known: image, keep_params, kind, text"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tinyclip.data.loader import PairLoader, Reader
 from tinyclip.data.sources import Source, open_source
+from tinyclip.distributed import ALONE, World
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe
 from tinyclip.shrink.inherit import Inherit, choose
@@ -28,7 +29,7 @@ def check_rules(recipe: Recipe, student: CLIP) -> None:
             return
 
 
-def check_data(recipe: Recipe, source: Source, student: CLIP) -> None:
+def check_data(recipe: Recipe, source: Source, student: CLIP, world: World = ALONE) -> None:
     """Refuse data that cannot be trained or evaluated on, before anything is written: a few pairs are read."""
     for spec in (recipe.evaluation.retrieval, recipe.evaluation.zeroshot):
         if spec is not None:
@@ -38,6 +39,6 @@ def check_data(recipe: Recipe, source: Source, student: CLIP) -> None:
     reader = Reader(student.preprocess, student.tokenizer)
     for phase in (phase for stage in recipe.stages for phase in (stage.while_masking, stage.distill)):
         if phase is not None:
-            PairLoader(source, [reader], batch_size=phase.batch_size, seed=recipe.seed)
+            PairLoader(source, [reader], batch_size=phase.batch_size, seed=recipe.seed, world=world)
     few = min(recipe.stages[0].distill.batch_size, 16)
     PairLoader(source, [reader], batch_size=few, seed=recipe.seed).batch(0)

@@ -6,18 +6,23 @@ A user's mistake is one line on stderr and exit status 2; `--debug` shows the tr
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from tinyclip.distill.train import Interrupted
+    from tinyclip.distributed import World
     from tinyclip.model import CLIP
+    from tinyclip.recipe import Recipe
 
 app = typer.Typer(
     help="Make CLIP models small: weight inheritance and affinity mimicking, stage by stage.",
@@ -29,7 +34,9 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A preset (see `tinyclip recipes`) or a YAML file.")
 ]
-RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run; an unfinished one is continued.")]
+RunOption = Annotated[  # torchrun takes "--run", wherever it stands, for a beginning of its own --run-path
+    Path, typer.Option("--run", "--run-dir", help="Directory of the run; an unfinished one is continued.")
+]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads this annotation
     typer.Option("--set", metavar="PATH=VALUE", help="Change a setting, e.g. stages.0.distill.lr=3e-4. Repeatable."),
@@ -74,17 +81,34 @@ def compress(
     set_: SetOption = None,
 ) -> None:
     """Compress a teacher in stages: each inherits weights, then mimics the teacher's affinities."""
-    from tinyclip.compress import compress
     from tinyclip.recipes import load_recipe
 
     settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
-    print(compress(settings, run, name=_recipe_name(recipe, set_), say=_say))
+    _compress(settings, run, _recipe_name(recipe, set_))
+
+
+@app.command()
+def embed(
+    recipe: RecipeArgument,
+    run: RunOption,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Ask the teachers once: store their embeddings of the data, from which `compress` of the same recipe trains.
+
+    Needs `store` in the recipe, as in --set store.views=4. Without it `compress` runs the teachers at every visit.
+    """
+    from tinyclip.compress import embed
+    from tinyclip.recipes import load_recipe
+
+    settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
+    _launch(settings, lambda world: embed(settings, run, say=_say, world=world))
 
 
 @app.command()
 def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_: SetOption = None) -> None:
     """Train a CLIP from scratch with the contrastive loss: a teacher for small data, or a baseline."""
-    from tinyclip.compress import compress
     from tinyclip.recipes import PRESETS, load_recipe, needs
 
     if recipe in PRESETS and "teacher" in needs(recipe):
@@ -92,7 +116,7 @@ def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_:
     settings = load_recipe(recipe, data=data, changes=set_ or ())
     if settings.teacher is not None:
         raise ValueError(f"recipe {recipe}: names a teacher; use `tinyclip compress`")
-    print(compress(settings, run, name=_recipe_name(recipe, set_), say=_say))
+    _compress(settings, run, _recipe_name(recipe, set_))
 
 
 @app.command()
@@ -355,6 +379,61 @@ def push(
         print(push_model(_load(model), name, to=to, private=private, update=update, record=record_of(model), say=_say))
 
 
+data_app = typer.Typer(help="Look at a data set before anything is trained on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def check_data(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A path or a spec (docs/data.md).")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Also write check.json and a sheet of 48 pictures, pictures.webp."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODEL", help="Whose tokens are counted; else those of OpenAI's CLIP."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Read the first so many items only.")] = None,  # noqa: UP045
+    workers: WorkersOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a data set and say what is in it: pairs, sizes, caption lengths, duplicates, broken items, opt-out flags."""
+    from rich.progress import Progress
+    from rich.text import Text
+
+    from tinyclip.data.check import Checking, check, rows, to_json
+    from tinyclip.data.contact_sheet import contact_sheet
+    from tinyclip.data.sources import open_source
+    from tinyclip.formats.files import validated
+    from tinyclip.run import write_text
+    from tinyclip.tokenizer import Tokenizer
+
+    settings = validated(Checking, {"limit": limit, "workers": workers}, "data check")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a directory, got a file")
+    source = open_source(data)
+    tokenizer = Tokenizer.openai() if model is None else _load_bare(model).tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{model}: expected a model with a tokenizer, this one came without")
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task("reading", total=min(len(source), limit or len(source)))
+        found = check(source, tokenizer, settings, progress=lambda items: bar.advance(task, items))
+    if out is not None:
+        write_text(out / "check.json", json.dumps(to_json(found), indent=2))
+        contact_sheet(source, out / "pictures.webp", num_items=found.seen)
+    if as_json:
+        print(json.dumps(to_json(found), indent=2))
+        return
+    table = Table("", "", title=Text(found.data), show_header=False)
+    for row in rows(found):
+        table.add_row(*map(Text, row))
+    Console().print(table)
+    if out is not None:
+        print(out / "pictures.webp")
+
+
 @app.command()
 def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this preset as YAML.")] = None) -> None:  # noqa: UP045
     """List the presets, or print one as YAML to keep and edit."""
@@ -405,6 +484,22 @@ def _load_bare(model: str) -> CLIP:
     return _load(model) if model.startswith(OPEN_CLIP) else load(model)
 
 
+def _compress(recipe: Recipe, run: Path, name: str) -> None:
+    from tinyclip.compress import compress
+
+    _launch(recipe, lambda world: compress(recipe, run, name=name, say=_say, world=world))
+
+
+def _launch(recipe: Recipe, work: Callable[[World], Path]) -> None:
+    """In this process, or as one of those that torchrun started; prints where the result is."""
+    from tinyclip.distributed import launched
+
+    with launched(recipe.device) as world:
+        result = work(world)
+        if world.is_main:
+            print(result)
+
+
 def _recipe_name(recipe: str, changes: list[str] | None) -> str:
     """A preset or the name of a file, and what was set beside it."""
     from tinyclip.formats.provenance import public
@@ -416,25 +511,57 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM while nothing trains. No Exception, which a library could take for an error of its own."""
+
+    def __init__(self, signal_number: int):
+        super().__init__("stopped")
+        self.signal_number = signal_number
+
+
+def _stop(signal_number: int, _frame: Any) -> None:
+    raise Stopped(signal_number)
+
+
 def main() -> None:
     """Entry point of the `tinyclip` command."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _main_command()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(stop: Stopped | Interrupted) -> NoReturn:
+    """One line, and the exit status: a run that can be continued has done nothing wrong when it ends by SIGTERM."""
+    from tinyclip.run import command
+
+    is_run = bool({"compress", "train", "demo"} & set(sys.argv[1:3]))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"tinyclip: {stop}{'; continue with: ' + command() if is_run else ''}", file=sys.stderr)
+    sys.exit(0 if is_run and stop.signal_number == signal.SIGTERM else 128 + stop.signal_number)
+
+
+def _main_command() -> None:
     from tinyclip.distill.train import Interrupted
+    from tinyclip.distributed import MainFailed
 
     warnings.filterwarnings("ignore", category=UserWarning)
     debug = "--debug" in sys.argv
+    rank = os.environ.get("RANK", "0")  # among the processes that torchrun started
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])  # wherever it was typed
-    except Interrupted as stop:
-        print(f"tinyclip: {stop}; continue with: {' '.join(sys.argv)}", file=sys.stderr)
-        sys.exit(130 if stop.signal_number == signal.SIGINT else 0)
-    except KeyboardInterrupt:
-        print("tinyclip: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (Interrupted, Stopped) as stop:
+        _end(stop)
+    except MainFailed:
+        sys.exit(2)
     except (ValueError, OSError) as error:
         if debug:
             raise
         message = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
-        print(f"tinyclip: error: {' '.join(message.split())}", file=sys.stderr)
+        where = "" if rank == "0" else f"process {rank}: "
+        print(f"tinyclip: error: {where}{' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

@@ -5,20 +5,24 @@
 Every stage leaves a complete, loadable directory. A second call with the same run directory continues after the last
 complete stage, and inside a stage from its last checkpoint. Training a CLIP from scratch is the same story with one
 stage that shrinks nothing and no teacher.
+
+On several processes (`world`) all tell the same story; the main one alone writes and evaluates, and says what it found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tinyclip import run
 from tinyclip.check import check_data, check_rules
-from tinyclip.data.sources import Source, open_source
+from tinyclip.data.sources import Source, left_out, open_source
 from tinyclip.device import pick_device, use_fast_cpu_products
+from tinyclip.distill.store import Stored, store_teacher
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.distill.train import Masking, TrainConfig, train
+from tinyclip.distributed import ALONE, World
 from tinyclip.evaluate.scores import evaluate
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
@@ -29,31 +33,46 @@ from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint,
 from tinyclip.start import starting_point
 
 
-def compress(recipe: Recipe, run_dir: Path, *, name: str | None = None, say: Callable[[str], None] = print) -> Path:
+def compress(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    name: str | None = None,
+    say: Callable[[str], None] = print,
+    world: World = ALONE,
+) -> Path:
     """Run the recipe, known as `name`, and return the directory of the final model, `run_dir`/model.
 
-    Raises ValueError for a recipe that does not fit its model or data, or a run directory of another recipe.
+    Raises ValueError for a recipe that does not fit its model or data, or a run directory of another recipe. On several
+    processes, `run_dir` is on storage that all of them see.
     """
     use_fast_cpu_products()
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
-    teacher = load_teacher(recipe.teacher).to(device) if recipe.teacher is not None else None
-    student = starting_point(recipe.start, teacher, source, seed=recipe.seed).to(device)
-    student.provenance = recipe.provenance(name, (teacher and teacher.clip, student))
-    check_rules(recipe, student)
-    check_data(recipe, source, student)
-    setup = Setup(recipe, source, teacher, student.config.prunable_params, say)
-    run.claim(run_dir, recipe.model_dump(mode="json"))
-    run.record_start(run_dir, student)
-    if teacher is not None:
-        run.record_teacher(run_dir, teacher, lambda: evaluate(teacher, recipe.evaluation))
+    teachers = [load_teacher(teacher) for teacher in recipe.teachers]
+    student = starting_point(recipe.start, teachers, source, seed=recipe.seed).to(device)
+    student.provenance = recipe.provenance(name, (*(teacher.clip for teacher in teachers), student))
+    teachers = [teacher.shard(world, device) if recipe.shard_teacher else teacher.to(device) for teacher in teachers]
+    world.on_main(check_rules, recipe, student)
+    world.on_main(check_data, recipe, source, student, world)
+    say = say if world.is_main else _nothing
+    for reason, count in left_out(source).items():
+        say(f"{source.name}: {count:,} left out: {reason}")
+    world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
+    world.on_main(run.record_start, run_dir, student)
+    if teachers and not world.on_main(run.has_teacher, run_dir):
+        asked = (teachers[0], recipe.evaluation)
+        scores = evaluate(*asked) if recipe.shard_teacher else world.on_main(evaluate, *asked)
+        world.on_main(run.record_teacher, run_dir, teachers[0], scores)
+    taught_by = stored(teachers, source, recipe, run_dir, say=say, world=world) if recipe.store else teachers
+    setup = Setup(recipe, source, taught_by, student.config.prunable_params, say, world)
     for index, stage in enumerate(recipe.stages):
         stage_dir = run_dir / f"{index}-{stage.name}"
-        if run.is_complete(stage_dir):
+        if world.on_main(run.is_complete, stage_dir):
             say(f"{stage_dir.name}: complete")
             student = checkpoint.load(stage_dir, device=str(device))
             continue
-        with run.recorded(run_dir, stage_dir.name, device):
+        with run.recorded(run_dir, stage_dir.name, device, world):
             seed = recipe.seed * 1000 + 2 * index
             student = shrink(student, stage, stage_dir, setup, seed)
             outcome = train(
@@ -62,13 +81,54 @@ def compress(recipe: Recipe, run_dir: Path, *, name: str | None = None, say: Cal
                 recipe.data,
                 stage.distill,
                 stage_dir / "distill",
-                teacher=teacher,
+                teachers=taught_by,
                 seed=seed + 1,
                 evaluate=lambda model: evaluate(model, recipe.evaluation),
+                world=world,
             )
-            result = run.complete(stage_dir, student, outcome, evaluate(student, recipe.evaluation))
+            scores = world.on_main(evaluate, student, recipe.evaluation)
+            result = world.on_main(run.complete, stage_dir, student, outcome, scores)
         say(f"{stage_dir.name}: {run.summary(result)}")
-    return run.finish(run_dir, student)
+    return world.on_main(run.finish, run_dir, student)
+
+
+def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, world: World = ALONE) -> Path:
+    """Store the teachers' embeddings of the recipe's data where `compress` will look for them; returns the directory.
+
+    Raises ValueError for a recipe without a store.
+    """
+    if recipe.store is None or not recipe.teachers:
+        raise ValueError("expected a recipe with a teacher and a store, for example by --set store.views=1")
+    world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
+    use_fast_cpu_products()
+    device = pick_device(recipe.device)
+    teachers = [load_teacher(teacher) for teacher in recipe.teachers]
+    teachers = [teacher.shard(world, device) if recipe.shard_teacher else teacher.to(device) for teacher in teachers]
+    return stored(teachers, open_source(recipe.data.train), recipe, run_dir, say=say, world=world)[0].directory
+
+
+def stored(
+    teachers: Sequence[Teacher],
+    source: Source,
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    say: Callable[[str], None] = print,
+    world: World = ALONE,
+) -> list[Stored]:
+    """Each teacher's embeddings of the recipe's data, made where they are not there yet."""
+    assert recipe.store is not None, "asked for by the caller"
+    path = Path(recipe.store.path) if recipe.store.path else run_dir / "teacher-store"
+    how = {"crop_scale": recipe.data.crop_scale, "workers": recipe.data.workers, "say": say, "world": world}
+    places = [path if number == 0 else path / f"teacher-{number + 1}" for number in range(len(teachers))]
+    return [
+        store_teacher(teacher, source, recipe.store, place, **how)
+        for teacher, place in zip(teachers, places, strict=True)
+    ]
+
+
+def _nothing(_line: str) -> None:
+    """What the other processes say."""
 
 
 class Setup(NamedTuple):
@@ -76,9 +136,10 @@ class Setup(NamedTuple):
 
     recipe: Recipe
     source: Source
-    teacher: Teacher | None
+    teachers: Sequence[Teacher | Stored]
     reference_params: int  # prunable parameters of the starting model, which keep_params are shares of
     say: Callable[[str], None]
+    world: World
 
 
 def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int) -> CLIP:
@@ -86,7 +147,7 @@ def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int
     shrunk, rule = stage_dir / "shrunk", stage.shrink
     if rule is None:
         return student
-    if (shrunk / "config.json").exists():
+    if setup.world.on_main((shrunk / "config.json").exists):
         return checkpoint.load(shrunk, device=str(student.device))
     budget_params = int(rule.keep_params * setup.reference_params) if rule.keep_params else None
     if isinstance(rule, Inherit):
@@ -98,8 +159,9 @@ def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int
         keep = survivors(gates, budget_params)
         small = take(fold(student, gates.values(keep)), keep)
     setup.say(f"{stage_dir.name}: {keep.describe(student.config)}")
-    run.write_text(stage_dir / "keep.json", keep.model_dump_json())
-    return checkpoint.load(checkpoint.save(small, shrunk), device=str(student.device))
+    setup.world.on_main(run.write_text, stage_dir / "keep.json", keep.model_dump_json())
+    setup.world.on_main(checkpoint.save, small, shrunk)
+    return checkpoint.load(shrunk, device=str(student.device))
 
 
 def learn_masks(
@@ -119,8 +181,9 @@ def learn_masks(
         setup.recipe.data,
         config,
         directory,
-        teacher=setup.teacher,
+        teachers=setup.teachers,
         masking=Masking(gates, constraint, rule),
         seed=seed,
+        world=setup.world,
     )
     return gates

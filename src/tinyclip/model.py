@@ -184,21 +184,22 @@ class Gates(NamedTuple):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm; with a width gate, over the open channels only, and zero in the closed ones.
+    """LayerNorm; with a width gate, over the open channels only. In the closed ones, input and output are 0.
 
-    Written with sums over a 0/1 weight: no index_select, no host sync, and equal to LayerNorm of the cut model.
+    With a share s of the channels open, the mean of those is the mean of all / s. Centred by it and multiplied by
+    1 / sqrt(s), the input has mean 0 and the open channels' variance over all channels, which a common LayerNorm then
+    divides by. So there is no index_select and no host sync, and it equals LayerNorm of the cut model.
     """
 
     def forward(self, input: Tensor, width_D: Tensor | None = None) -> Tensor:
         if width_D is None:
             return super().forward(input)
-        open_D = (width_D > 0).to(torch.promote_types(input.dtype, torch.float32))
-        num_open = open_D.sum().clamp(min=1)
-        mean = (input * open_D).sum(-1, keepdim=True) / num_open
-        centred = (input - mean) * open_D
-        variance = centred.square().sum(-1, keepdim=True) / num_open
-        normalised = centred * torch.rsqrt(variance + self.eps)
-        return (normalised * self.weight + self.bias * open_D).to(input.dtype)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        open_D = (width_D > 0).to(x.dtype)
+        share = open_D.mean().clamp(min=1 / len(open_D))
+        centred = torch.addcmul(x, open_D, x.mean(-1, keepdim=True) / share, value=-1)
+        weight_D, bias_D = self.weight * share.sqrt(), self.bias * open_D
+        return F.layer_norm(centred * share.rsqrt(), self.normalized_shape, weight_D, bias_D, self.eps).to(input.dtype)
 
 
 class OutputBias(nn.Module):
@@ -256,7 +257,9 @@ class Attention(nn.Module):
         (q_weight, kv_weight), (q_bias, kv_bias) = (
             part.split([HK, 2 * HK]) for part in (self.qkv.weight, self.qkv.bias)
         )
-        q_BHQK = F.linear(_rows(normed_BLD, at_B), q_weight, q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q_BHQK = (
+            F.linear(_rows(normed_BLD, at_B[:, None]), q_weight, q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        )
         kv = F.linear(normed_BLD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, self.head_dim))
         k_BHLK, v_BHLK = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return self._leave(attend(q_BHQK, k_BHLK, v_BHLK, last_B=at_B if self.causal else None), gate_H)
@@ -317,13 +320,13 @@ class Block(nn.Module):
         gate_F: Tensor | None = None,
     ) -> Tensor:
         """`forward` at one position of each row, [B, D]: of the last block nothing else is used."""
-        x_B1D = _rows(x_BLD, at_B) + _gated(self.attention.read(x_BLD, at_B, width_D, gate_H), width_D)
+        x_B1D = _rows(x_BLD, at_B[:, None]) + _gated(self.attention.read(x_BLD, at_B, width_D, gate_H), width_D)
         return (x_B1D + _gated(self.ffn(x_B1D, width_D, gate_F), width_D))[:, 0]
 
 
-def _rows(x_BLD: Tensor, at_B: Tensor) -> Tensor:
-    """x_BLD[b, at_B[b]], [B, 1, D]."""
-    return x_BLD.gather(1, at_B[:, None, None].expand(-1, 1, x_BLD.shape[-1]))
+def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
+    """x_BLD[b, at_Bn[b]], [B, n, D]."""
+    return x_BLD.gather(1, at_Bn[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
 
 
 def _gated(y: Tensor, width_D: Tensor | None) -> Tensor:
@@ -367,15 +370,19 @@ class ImageTower(Tower):
         self.norm_post = LayerNorm(config.width, eps=clip.norm_eps)
         self.projection = nn.Linear(config.width, clip.embed_dim, bias=False)
 
-    def forward(self, pixels_BCHW: Tensor, gates: TowerGates | None = None) -> Tensor:
+    def forward(self, pixels_BCHW: Tensor, gates: TowerGates | None = None, seen_Bn: Tensor | None = None) -> Tensor:
+        """[B, E]; with `seen_Bn`, of the n patches of each image that it numbers (row by row, from 0)."""
         B, C, height, width = pixels_BCHW.shape
         P = self.patch_size
         rows, columns = height // P, width // P
         patches = pixels_BCHW[:, :, : rows * P, : columns * P].view(B, C, rows, P, columns, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * P * P)
+        position = self.position[1:].expand(B, -1, -1)
+        if seen_Bn is not None:
+            patches, position = _rows(patches, seen_Bn), _rows(position, seen_Bn)
+        class_token = (self.class_embedding + self.position[0]).expand(B, 1, -1)
         x_BLD = self.patch(patches)
-        class_token = self.class_embedding.to(x_BLD.dtype).expand(B, 1, -1)
-        x_BLD = torch.cat([class_token, x_BLD], dim=1) + self.position.to(x_BLD.dtype)
+        x_BLD = torch.cat([class_token.to(x_BLD.dtype), x_BLD + position.to(x_BLD.dtype)], dim=1)
         width_D = None if gates is None else gates.width_D
         if width_D is not None:
             x_BLD = x_BLD * width_D.to(x_BLD.dtype)
@@ -392,15 +399,17 @@ class TextTower(Tower):
 
     def __init__(self, config: TextConfig, clip: CLIPConfig):
         super().__init__(config, clip, causal=True)
+        self.chunk_counts: tuple[int, ...] = (1, 2, 4, 8)  # what `in_chunks` chooses from
         self.macs_per_token = config.prunable_params
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.zeros(config.context_length, config.width))
         self.norm_final = LayerNorm(config.width, eps=clip.norm_eps)
         self.projection = nn.Linear(config.width, clip.embed_dim, bias=False)
 
-    def forward(self, tokens_BL: Tensor, gates: TowerGates | None = None) -> Tensor:
-        """[B, E], every row at the length of `tokens_BL`."""
-        x_BLD = self.token_embedding(tokens_BL) + self.position[: tokens_BL.shape[1]]
+    def forward(self, tokens_BL: Tensor, gates: TowerGates | None = None, embedded: Tensor | None = None) -> Tensor:
+        """[B, E], every row at the length of `tokens_BL`; `embedded` are their embeddings where looked up already."""
+        token_BLD = self.token_embedding(tokens_BL) if embedded is None else embedded
+        x_BLD = token_BLD + self.position[: tokens_BL.shape[1]]
         width_D = None if gates is None else gates.width_D
         if width_D is not None:
             x_BLD = x_BLD * width_D.to(x_BLD.dtype)
@@ -415,19 +424,23 @@ class TextTower(Tower):
         if len(tokens_BL) == 0:
             return self(tokens_BL, gates)
         order_B = length_B.argsort(stable=True)
-        chunks = order_B.tensor_split(self._num_chunks(length_B[order_B], tokens_BL.device))
-        parts = [self(tokens_BL[rows.to(tokens_BL.device), : int(length_B[rows[-1]])], gates) for rows in chunks]
+        rows = order_B.tensor_split(self._num_chunks(length_B[order_B], tokens_BL.device))
+        chunks = [tokens_BL[chunk.to(tokens_BL.device), : int(length_B[chunk[-1]])] for chunk in rows]
+        # One look-up for all: each would have a gradient of the whole table.
+        x_D = self.token_embedding(torch.cat([chunk.flatten() for chunk in chunks]))
+        embedded = x_D.split([chunk.numel() for chunk in chunks])
+        parts = [self(chunk, gates, x.view(*chunk.shape, -1)) for chunk, x in zip(chunks, embedded, strict=True)]
         return torch.cat(parts)[order_B.argsort().to(tokens_BL.device)]
 
     def _num_chunks(self, sorted_B: Tensor, device: torch.device) -> int:
-        """Of 1, 2, 4 and 8 the cheapest: more chunks leave less padding, and every one is a call of every block."""
+        """The cheapest: more chunks leave less padding, and every one is a call of every block."""
         macs_per_call = MACS_PER_CALL.get(device.type, MACS_PER_CALL["cuda"]) * len(self.blocks)
 
         def macs(num_chunks: int) -> float:
             tokens = sum(len(chunk) * int(chunk[-1]) for chunk in sorted_B.tensor_split(num_chunks))
             return tokens * self.macs_per_token + num_chunks * macs_per_call
 
-        return min((n for n in (1, 2, 4, 8) if n <= len(sorted_B)), key=macs)
+        return min((n for n in self.chunk_counts if n <= len(sorted_B)), key=macs)
 
 
 class CLIP(nn.Module):
@@ -465,14 +478,21 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def forward(
-        self, pixels: Tensor, tokens_BL: Tensor, gates: Gates | None = None, length_B: Tensor | None = None
+        self,
+        pixels: Tensor,
+        tokens_BL: Tensor,
+        gates: Gates | None = None,
+        length_B: Tensor | None = None,
+        seen_Bn: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Unit image and text embeddings [B, E] in at least fp32, of pixels (see `encode_image`) and token ids.
 
         `length_B`, on the CPU, counts each row's tokens up to its end, so that padding is not computed; without it
-        tokens on a GPU run as they are, since looking would wait for the device.
+        tokens on a GPU run as they are, since looking would wait for the device. `seen_Bn` are the patches of each
+        image that a ViT sees, from 0; all without it.
         """
-        image_BE = self.image(self._as_input(pixels), None if gates is None else gates.image)
+        inputs = (self._as_input(pixels), None if gates is None else gates.image)
+        image_BE = self.image(*inputs) if seen_Bn is None else self.image(*inputs, seen_Bn)
         if length_B is None and tokens_BL.device.type == "cpu":
             length_B = lengths(tokens_BL)
         text_gates = None if gates is None else gates.text

@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, mod
 
 from tinyclip import __version__
 from tinyclip.config import Config
+from tinyclip.distill.store import StoreConfig
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
 from tinyclip.formats.provenance import UNKNOWN, Licenses, Origin, Provenance, ancestors, model_origin, public
@@ -47,17 +48,29 @@ class Recipe(Config):
     start: str | Scratch | Like | None = Field(
         default=None, description="the model whose weights are inherited, or a random start; else the teacher"
     )
+    more_teachers: tuple[str, ...] = Field(
+        default=(), description="an ensemble with `teacher`, which alone is inherited from: affinities are averaged"
+    )
+    store: StoreConfig | None = Field(
+        default=None, description="embed the data with the teachers once, and train from that; else at every visit"
+    )
     data: DataConfig
     stages: tuple[Stage, ...] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
     licenses: Licenses | None = Field(default=None, description="what is known of them; goes with the model")
     seed: int = Field(default=0, description="of random starts, data order, crops and gates")
+    shard_teacher: bool = Field(
+        default=False, description="split the teacher's weights over the processes, where one card cannot hold them"
+    )
     device: str = Field(default="auto", description="auto: CUDA where there is one; or cpu, cuda:1, ...")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.teacher is None and self.start is None:
             raise ValueError("expected a teacher, a start, or both")
+        for name in ("more_teachers", "store"):
+            if self.teacher is None and getattr(self, name):
+                raise ValueError(f"{name}: expected with a teacher, which this recipe has not")
         for stage in self.stages:
             for phase in (stage.while_masking, stage.distill):
                 if self.teacher is None and phase is not None and phase.objective.needs_teacher:
@@ -72,13 +85,18 @@ class Recipe(Config):
             raise ValueError(f"stages: keep_params must not rise from stage to stage, got {shares}")
         return self
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teacher, whose weights are inherited, then the others of an ensemble."""
+        return () if self.teacher is None else (self.teacher, *self.more_teachers)
+
     def provenance(self, name: str | None, parents: Iterable[CLIP | None]) -> Provenance:
         """Where the model that comes out of this recipe comes from; `name` is the recipe's, as the user gave it."""
         licenses = self.licenses or Licenses()
         return Provenance(
             teacher=model_origin(self.teacher, licenses.teacher) if self.teacher is not None else None,
             start=model_origin(self.start, licenses.start) if isinstance(self.start, str) else None,
-            data=Origin(name=public(str(self.data.train)), license=licenses.data or UNKNOWN),
+            data=Origin(name=public(str(self.data.train.without_secrets())), license=licenses.data or UNKNOWN),
             recipe=name,
             code=Origin(name=f"tinyclip {__version__}", license="mit"),
             ancestors=ancestors(parent.provenance for parent in parents if parent is not None),

@@ -5,7 +5,7 @@ RUN/start.json          the shape of the model that the first stage cuts
 RUN/calls.jsonl         by which command and on what machine each stage was worked on, and for how long
 RUN/teacher.json        the teacher's scores and cost
 RUN/0-NAME/             a stage: model/ (loadable), keep.json (what survived), stage.json (scores, cost; written last)
-RUN/0-NAME/masks/       metrics.jsonl and skipped.jsonl of mask learning; while it runs, checkpoint.pt
+RUN/0-NAME/masks/       metrics.jsonl and skipped.jsonl of mask learning; while it runs, checkpoints
 RUN/0-NAME/distill/     the same of distillation
 RUN/model/              the last stage's model
 """
@@ -13,13 +13,12 @@ RUN/model/              the last stage's model
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -30,13 +29,15 @@ import torch
 import yaml
 
 from tinyclip import __version__
+from tinyclip.config import changes
+from tinyclip.distill.checkpoints import Checkpoints
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distill.train import Outcome
+from tinyclip.distributed import ALONE, World
 from tinyclip.evaluate import cost
 from tinyclip.formats import checkpoint
+from tinyclip.formats.files import write_text, writing
 from tinyclip.model import CLIP
-
-NUM_NAMED = 5  # changed settings that an error names
 
 
 def claim(run_dir: Path, settings: dict[str, Any]) -> None:
@@ -49,42 +50,24 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> None:
             before = None
         if not isinstance(before, dict):
             raise ValueError(f"{path}: damaged, expected the recipe of a run to continue")
-        changed = difference(before, settings)
-        if changed:
-            more = f"; and {len(changed) - NUM_NAMED} more" if len(changed) > NUM_NAMED else ""
-            raise ValueError(
-                f"{run_dir} holds a run of another recipe; changed: {'; '.join(changed[:NUM_NAMED])}{more}"
-            )
+        if changed := changes(before, settings):
+            raise ValueError(f"{run_dir} holds a run of another recipe; changed: {changed}")
         return
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and (not run_dir.is_dir() or any(p.name != f".{path.name}.tmp" for p in run_dir.iterdir())):
         raise ValueError(f"{run_dir}: expected a new directory or a run to continue, found neither (no recipe.yaml)")
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
 
 
-def difference(before: Any, after: Any, name: str = "") -> list[str]:
-    """`path: before -> after` of every setting that differs."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = before | after
-        return [line for k in keys for line in difference(before.get(k), after.get(k), f"{name}.{k}".strip("."))]
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = enumerate(zip(before, after, strict=True))
-        return [line for i, (a, b) in pairs for line in difference(a, b, f"{name}.{i}")]
-    return [] if before == after else [f"{name}: {_short(before)} -> {_short(after)}"]
+def has_teacher(run_dir: Path) -> bool:
+    return (run_dir / "teacher.json").exists()
 
 
-def _short(setting: Any) -> str:
-    return "..." if isinstance(setting, dict | list) and len(str(setting)) > 60 else str(setting)
-
-
-def record_teacher(run_dir: Path, teacher: Teacher, scores: Callable[[], dict[str, float]]) -> None:
-    """Write what the students are held against, once."""
-    path = run_dir / "teacher.json"
-    if path.exists():
-        return
-    record: dict[str, Any] = {"name": teacher.name, "scores": scores()}
+def record_teacher(run_dir: Path, teacher: Teacher, scores: dict[str, float]) -> None:
+    """Write what the students are held against."""
+    record: dict[str, Any] = {"name": teacher.name, "scores": scores}
     if teacher.clip is not None:
         record["cost"] = asdict(cost(teacher.clip.config))
-    write_text(path, json.dumps(record, indent=2))
+    write_text(run_dir / "teacher.json", json.dumps(record, indent=2))
 
 
 def record_start(run_dir: Path, student: CLIP) -> None:
@@ -95,10 +78,14 @@ def record_start(run_dir: Path, student: CLIP) -> None:
 
 
 @contextmanager
-def recorded(run_dir: Path, stage: str, device: torch.device) -> Iterator[None]:
+def recorded(run_dir: Path, stage: str, device: torch.device, world: World = ALONE) -> Iterator[None]:
     """A line of calls.jsonl before the work on a stage and one after it, which a killed process does not write."""
+    if not world.is_main:
+        yield
+        return
     started = time.perf_counter()
-    _append(run_dir, {"event": "start", "stage": stage, "command": command(), **environment(device)})
+    here = environment(device) | {"processes": world.size}
+    _append(run_dir, {"event": "start", "stage": stage, "command": command(), **here})
     try:
         yield
     finally:
@@ -107,8 +94,11 @@ def recorded(run_dir: Path, stage: str, device: torch.device) -> Iterator[None]:
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    with (run_dir / "calls.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": now, **line}) + "\n")
+    path = run_dir / "calls.jsonl"
+    with writing(path), path.open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read(1) not in (b"", b"\n")  # a line that a full disk or a crash cut off stays alone
+        file.write(b"\n" * torn + json.dumps({"time": now, **line}).encode() + b"\n")
 
 
 def command() -> str:
@@ -151,13 +141,19 @@ def complete(stage_dir: Path, student: CLIP, outcome: Outcome, scores: dict[str,
     result = {"scores": scores, "cost": asdict(cost(student.config)), "training": outcome._asdict()}
     checkpoint.save(student, stage_dir / "model")
     write_text(stage_dir / "stage.json", json.dumps(result, indent=2))
-    for phase in ("masks", "distill"):
-        (stage_dir / phase / "checkpoint.pt").unlink(missing_ok=True)
-    shutil.rmtree(stage_dir / "shrunk", ignore_errors=True)
+    _drop_scaffolding(stage_dir)
     return result
 
 
+def _drop_scaffolding(stage_dir: Path) -> None:
+    for phase in ("masks", "distill"):
+        Checkpoints(stage_dir / phase).remove()
+    shutil.rmtree(stage_dir / "shrunk", ignore_errors=True)
+
+
 def finish(run_dir: Path, student: CLIP) -> Path:
+    for written in run_dir.glob("*/stage.json"):
+        _drop_scaffolding(written.parent)  # again: a process may have been killed before it did
     if not (run_dir / "model").exists():
         checkpoint.save(student, run_dir / "model")
     return run_dir / "model"
@@ -177,11 +173,3 @@ def summary(result: dict[str, Any]) -> str:
     skipped = [f"{count} bad {what} skipped" for what, count in counts.items() if count]
     size = f"{result['cost']['parameters']:,} parameters", f"{macs / 1e6:,.1f} MMACs"
     return "  ".join([*size, *scores, *skipped])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic: written beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -41,7 +42,9 @@ class Like(Config):
     like: str = Field(description="a run, stage or model directory")
 
 
-def starting_point(start: str | Scratch | Like | None, teacher: Teacher | None, source: Source, *, seed: int) -> CLIP:
+def starting_point(
+    start: str | Scratch | Like | None, teachers: Sequence[Teacher], source: Source, *, seed: int
+) -> CLIP:
     """The model that the first stage shrinks. Raises ValueError where a teacher's weights cannot be inherited."""
     generator = torch.Generator().manual_seed(seed)
     match start:
@@ -53,8 +56,8 @@ def starting_point(start: str | Scratch | Like | None, teacher: Teacher | None, 
         case str() as spec:
             parent = load_teacher(spec)
         case None:
-            assert teacher is not None, "a recipe has a teacher or a start"
-            parent = teacher
+            assert teachers, "a recipe has a teacher or a start"
+            parent = teachers[0]
     if parent.clip is None:
         raise ValueError(
             f"{parent.name} can only teach ({parent.teach_only}); name a ViT- or ResNet-CLIP or a shape as `start`"

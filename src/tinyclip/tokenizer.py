@@ -56,6 +56,11 @@ class Tokenizer:
             raise ValueError(f"expected a list of texts, got one text: {texts[:40]!r}")
         return [self._bpe.encode(_split_unframed(clean(text))).ids for text in texts]
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many ids each text has, with start and end, before it is cut to `context_length`."""
+        encoded = (self._bpe.encode(_split_unframed(clean(text))) for text in texts)
+        return [len(first) + sum(len(rest) - 2 for rest in first.overflowing) for first in encoded]
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """int64 ids [B, context_length], padded with 0."""
         tokens_BL = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
@@ -131,7 +136,8 @@ class Tokenizer:
 
 def clean(text: str) -> str:
     """CLIP's cleaning: mojibake repaired, HTML entities read twice, white space collapsed, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if "&" in text or not (text.isascii() and text.isprintable()):  # else there is nothing to repair
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 

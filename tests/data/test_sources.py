@@ -11,8 +11,8 @@ import webdataset
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from tinyclip.data import sources
-from tinyclip.data.sources import BadItem, open_source
+from tinyclip.data import files, shards
+from tinyclip.data.sources import BadItem, left_out, open_source
 from tinyclip.data.spec import DataSpec
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -103,7 +103,7 @@ def test_a_string_and_a_mapping_are_the_same_spec():
         ("t.tsv?colour=red", "unknown key 'colour'; known: path, images, image, caption"),
         ({"path": "t.tsv", "colour": "red"}, "unknown key 'colour'; known: path, images, image, caption"),
         ("t.tsv?count=3", "key 'count' means nothing for table, which take images"),
-        ("scenes?split=dev", "split: Input should be 'train', 'heldout' or 'classes'"),
+        ("scenes?split=dev", "split: expected 'train', 'heldout' or 'classes', got 'dev'"),
         ("t.tsv?limit=0", "limit: Input should be greater than 0"),
         ("t.tsv?limit", "expected key=value after '?', got 'limit'"),
         ("t.tsv?limit=1&limit=2", "key 'limit' is given twice"),
@@ -111,6 +111,20 @@ def test_a_string_and_a_mapping_are_the_same_spec():
 )
 def test_a_wrong_spec_is_one_line_that_says_what_is_known(spec, expected):
     assert expected in error_of(spec)
+
+
+@pytest.mark.parametrize(
+    "spec, shown",
+    [
+        ("pipe:curl -H 'Authorization: Bearer KEY' https://host/1.tar?limit=3", "pipe:...?limit=3"),
+        ("https://me:KEY@host/{0..3}.tar%3Fsignature=KEY", "https://host/{0..3}.tar"),
+        ("mixture?2=s3://bucket/1.tar&1=pipe:cat KEY.tar", "mixture?2.0=s3://bucket/1.tar&1.0=pipe:..."),
+        ("a/pairs.tsv?limit=3", "a/pairs.tsv?limit=3"),
+    ],
+)
+def test_secrets_of_a_spec_can_be_left_out(spec, shown):
+    assert str(DataSpec.parse(spec).without_secrets()) == shown
+    assert DataSpec.parse(str(DataSpec.parse(spec))) == DataSpec.parse(spec)
 
 
 # Tables
@@ -264,6 +278,46 @@ def test_links_devices_and_paths_that_lead_outside_are_ignored(tmp_path):
             member.type, member.linkname = kind, "/etc/passwd"
             archive.addfile(member)
     assert "no images" in error_of(str(path))
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("good.png")
+        member.size = len(png("red"))
+        archive.addfile(member, io.BytesIO(png("red")))
+        archive.addfile(tarfile.TarInfo("good.txt"))
+    assert left_out(open_source(str(path))) == {
+        "unsafe names in a tar": 3,
+        "links in a tar": 2,
+        "devices and sparse files in a tar": 1,
+    }
+
+
+def test_names_that_lead_outside_a_zip_are_only_names(tmp_path):
+    (tmp_path / "inside").mkdir()
+    write_zip(tmp_path / "inside/slip.zip", {"../red/1.png": png("red"), "/green/1.png": png("green")})
+    before = sorted(tmp_path.rglob("*"))
+    source = open_source(str(tmp_path / "inside/slip.zip?caption=label"))
+    assert sorted(everything(source)) == [
+        (COLOURS["green"], ("green",), ("green",)),
+        (COLOURS["red"], ("red",), ("red",)),
+    ]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_index_of_a_large_shard_is_kept_until_the_shard_changes(tmp_path, shard, monkeypatch):
+    monkeypatch.setenv("TINYCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "REMEMBERED_BYTES", 0)
+    scanned = []
+    scan = shards.scan_tar
+    monkeypatch.setattr(shards, "scan_tar", lambda file, name: scanned.append(name) or scan(file, name))
+    first = everything(open_source(str(shard)))
+    assert everything(open_source(str(shard))) == first and scanned == [str(shard)]
+    [kept] = (tmp_path / "cache/index").iterdir()
+    kept.write_text("{")
+    assert everything(open_source(str(shard))) == first and len(scanned) == 2
+    source = open_source(str(shard))
+    write_tar(shard, {"blue.png": png("blue"), "blue.txt": b"sky"})
+    with pytest.raises(ValueError, match="has changed since it was indexed"):
+        source.image(0)
+    assert everything(open_source(str(shard))) == [(COLOURS["blue"], ("sky",), None)] and len(scanned) == 3
 
 
 @pytest.mark.parametrize("text", [b"{", b"3", b"[" * 100_000, b"\xff"])
@@ -310,7 +364,7 @@ def test_a_decompression_bomb_is_a_bad_item(tmp_path):
 
 
 def test_a_file_that_would_unpack_beyond_the_limit_is_a_bad_item(table, shard, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_BYTES", 10)
+    monkeypatch.setattr(files, "MAX_BYTES", 10)
     with pytest.raises(BadItem, match="the limit is 10"):
         open_source(f"{table}?images=images.zip").image(0)
     assert "the limit is 10" in error_of(str(shard))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyclip.distill.affinity import affinity_loss_reference
 from tinyclip.distill.objective import Objective, projection, total_loss
@@ -24,8 +25,8 @@ SAME_SIZE_TEACHER = unit(E, 3), unit(E, 4)
 
 def loss_of(objective: Objective, *, teacher=SAME_SIZE_TEACHER, learned_scale=None, project=None):
     scale = torch.tensor(LEARNED, dtype=torch.float64) if learned_scale is None else learned_scale
-    target = None if teacher is None else (*teacher, TEACHERS_OWN)
-    return total_loss(objective, *STUDENT, scale, target, project)
+    targets = () if teacher is None else [(*teacher, TEACHERS_OWN)]
+    return total_loss(objective, *STUDENT, scale, targets, project)
 
 
 def only(**terms) -> Objective:
@@ -92,7 +93,7 @@ def test_scales_are_numbers_or_the_models_own(settings, student_scale, teacher_s
 def test_the_students_scale_learns_where_a_term_uses_it(settings, learns):
     scale = torch.tensor(LEARNED, dtype=torch.float64, requires_grad=True)
     image, text = (embedding.clone().requires_grad_() for embedding in STUDENT)
-    loss, _ = total_loss(Objective(**settings), image, text, scale, (*SAME_SIZE_TEACHER, TEACHERS_OWN), None)
+    loss, _ = total_loss(Objective(**settings), image, text, scale, [(*SAME_SIZE_TEACHER, TEACHERS_OWN)], None)
     loss.backward()
     assert all(x.grad is not None and x.grad.abs().max() > 0 for x in (image, text))
     assert (scale.grad is not None and bool(scale.grad != 0)) == learns
@@ -161,3 +162,26 @@ def test_contrast_alone_needs_no_teacher():
 def test_an_objective_that_means_nothing_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         Objective(**settings)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings, expected", [({}, 0), ({"feature": 0.5}, 0), ({"student_scale": "learned"}, 2), ({"contrastive": 1.0}, 2)]
+)
+def test_the_published_recipe_never_waits_for_the_device(settings, expected):
+    """A learned scale is read, once to check it and once for the shift; each read is one wait."""
+    image, text = (x.clone().requires_grad_() for x in STUDENT)
+    scale = torch.tensor(LEARNED, dtype=torch.float64, requires_grad=True)
+    with ScalarReads() as mode:
+        loss, _ = total_loss(Objective(**settings), image, text, scale, [(*SAME_SIZE_TEACHER, 30.0)], None)
+        loss.backward()
+    assert mode.reads == expected

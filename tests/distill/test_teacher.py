@@ -67,12 +67,15 @@ def test_embeddings_equal_open_clip(kind, tmp_path):
     spec = write_local_dir(tmp_path / kind, kind)
     teacher = load_teacher(spec)
     model, _, transform = open_clip.create_model_and_transforms(spec)
+    side = MODELS[kind]["vision_cfg"]["image_size"]
+    # Of the model's size: where pictures are resized, a pixel may differ by a level (tests/test_preprocess.py).
+    ready = [picture.resize((side, side)) for picture in pictures()]
     with torch.no_grad():
-        image = model.eval().encode_image(torch.stack([transform(picture) for picture in pictures()]), normalize=True)
+        image = model.eval().encode_image(torch.stack([transform(picture) for picture in ready]), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(spec)(TEXTS), normalize=True)
 
     reader = teacher.reader
-    pixels = torch.stack([reader.preprocess(picture) for picture in pictures()])
+    pixels = torch.stack([reader.preprocess(picture) for picture in ready])
     got_image, got_text = teacher.embed(pixels, reader.tokenizer(TEXTS))
     torch.testing.assert_close(got_image, image, rtol=0, atol=1e-5)
     torch.testing.assert_close(got_text, text, rtol=0, atol=1e-5)
@@ -81,9 +84,8 @@ def test_embeddings_equal_open_clip(kind, tmp_path):
     assert (teacher.embed_dim, teacher.name) == (6, spec)
     assert teacher.scale == pytest.approx(model.logit_scale.exp().item())
     assert teacher.preprocess == Preprocess(
-        size=MODELS[kind]["vision_cfg"]["image_size"],
-        mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bilinear", resize="squash",
-    )  # fmt: skip
+        size=side, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bilinear", resize="squash"
+    )
     assert teacher.tokenizer == Tokenizer.openai(11)
 
 

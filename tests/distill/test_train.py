@@ -40,8 +40,8 @@ def gradients(micro_batch_size, *, gated: bool, recompute: bool = False):
     gates = gates_of.sample(torch.Generator().manual_seed(0)) if gated else None
     config = TrainConfig(steps=1, micro_batch_size=micro_batch_size)
 
-    def loss_of(image_BE, text_BE):
-        return total_loss(CONTRASTIVE, image_BE, text_BE, student.scale, None, None)
+    def loss_of(image_BE, text_BE, scale):
+        return total_loss(CONTRASTIVE, image_BE, text_BE, scale, (), None)
 
     loss, _ = backward(student, tiny_inputs(), gates, loss_of, config)
     named = [*student.named_parameters(), *(gates_of.named_parameters() if gated else ())]
@@ -75,7 +75,7 @@ def test_the_learning_rate_by_eye():
 
 
 def test_only_matrices_decay():
-    state = _State(tiny_clip(), TrainConfig(steps=1, weight_decay=0.3), None, None)
+    state = _State(tiny_clip(), TrainConfig(steps=1, weight_decay=0.3), None, ())
     decayed, rest = state.optimizer.param_groups
     assert decayed["weight_decay"] == 0.3 and all(p.ndim >= 2 for p in decayed["params"])
     assert rest["weight_decay"] == 0 and all(p.ndim < 2 for p in rest["params"])
@@ -86,7 +86,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
     before = {name: parameter.clone() for name, parameter in student.named_parameters()}
     broken = torch.tensor(float("nan"))
     monkeypatch.setattr(
-        "tinyclip.distill.train.total_loss", lambda *_: (student.logit_scale * broken, {"contrastive": broken})
+        "tinyclip.distill.train.total_loss", lambda *_, **__: (student.logit_scale * broken, {"contrastive": broken})
     )
     outcome = train(student, source, DATA, phase(3, objective=CONTRASTIVE), tmp_path)
     assert outcome.skipped_steps == 3 and outcome.steps == 3
@@ -96,7 +96,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
 def test_a_run_that_only_yields_non_finite_steps_stops(tmp_path, monkeypatch):
     student, source = tiny_clip(), open_source(DATA.train)
     broken = torch.tensor(float("inf"))
-    monkeypatch.setattr("tinyclip.distill.train.total_loss", lambda *_: (student.logit_scale * broken, {}))
+    monkeypatch.setattr("tinyclip.distill.train.total_loss", lambda *_, **__: (student.logit_scale * broken, {}))
     with pytest.raises(ValueError, match="diverged: the loss was not finite for 20 steps"):
         train(student, source, DATA, phase(50, objective=CONTRASTIVE), tmp_path)
 
@@ -104,7 +104,7 @@ def test_a_run_that_only_yields_non_finite_steps_stops(tmp_path, monkeypatch):
 def test_a_run_that_is_scored_at_every_step_stops_too(tmp_path, monkeypatch):
     student, source = tiny_clip(), open_source(DATA.train)
     broken = torch.tensor(float("inf"))
-    monkeypatch.setattr("tinyclip.distill.train.total_loss", lambda *_: (student.logit_scale * broken, {}))
+    monkeypatch.setattr("tinyclip.distill.train.total_loss", lambda *_, **__: (student.logit_scale * broken, {}))
     config = phase(50, objective=CONTRASTIVE, evaluate_every=1)
     with pytest.raises(ValueError, match="diverged: the loss was not finite for 20 steps"):
         train(student, source, DATA, config, tmp_path, evaluate=lambda _: {})
@@ -113,7 +113,7 @@ def test_a_run_that_is_scored_at_every_step_stops_too(tmp_path, monkeypatch):
 def test_distillation_lowers_the_divergence_from_the_teacher(tmp_path):
     teacher = load_teacher(str(checkpoint.save(tiny_clip(seed=0), tmp_path / "teacher")))
     student, source = tiny_clip(seed=1), open_source(DATA.train)
-    train(student, source, DATA, phase(40, lr=3e-3), tmp_path / "run", teacher=teacher)
+    train(student, source, DATA, phase(40, lr=3e-3), tmp_path / "run", teachers=[teacher])
     kl = [json.loads(line)["affinity_kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(kl) == 40 and sum(kl[-5:]) < 0.7 * sum(kl[:5])
 
@@ -143,7 +143,7 @@ def test_a_missing_tracker_says_what_to_install(tmp_path):
 
 def test_the_teacher_as_student_starts_at_zero_divergence(tmp_path):
     teacher = load_teacher(str(checkpoint.save(tiny_clip(), tmp_path / "teacher")))
-    train(tiny_clip(), open_source(DATA.train), DATA, phase(1), tmp_path / "run", teacher=teacher)
+    train(tiny_clip(), open_source(DATA.train), DATA, phase(1), tmp_path / "run", teachers=[teacher])
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["affinity_kl"] == pytest.approx(0, abs=1e-5) and line["grad_norm"] < 1e-4
 

@@ -12,7 +12,6 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from random import Random
 from typing import Generic, NamedTuple, TypeVar
@@ -22,8 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tinyclip.data import order
 from tinyclip.data.sources import BadItem, Source
-from tinyclip.preprocess import Preprocess
+from tinyclip.data.texts import draw
+from tinyclip.distributed import ALONE, World, local_share
+from tinyclip.preprocess import Preprocess, stack
 from tinyclip.tokenizer import Tokenizer
 
 ASPECTS = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision's RandomResizedCrop
@@ -43,17 +45,27 @@ class Reader(NamedTuple):
 class Inputs:
     pixels: Tensor  # uint8 [B, 3, S, S]
     tokens: Tensor  # int64 [B, L]; a tinyclip Tokenizer's are cut after the longest caption's end token
+    seen: Tensor | None = None  # int64 [B, n]: the patches of each image that are not dropped
 
     def __getitem__(self, rows: slice) -> Inputs:
-        return Inputs(self.pixels[rows], self.tokens[rows])
+        return Inputs(self.pixels[rows], self.tokens[rows], None if self.seen is None else self.seen[rows])
 
     def __len__(self) -> int:
         return len(self.pixels)
 
 
+class Visit(NamedTuple):
+    """Which item of the source, crop of it (the epoch, where every visit has one of its own) and caption."""
+
+    index: int
+    view: int
+    caption: int
+
+
 @dataclass
 class Batch:
     keys: list[str]
+    visits: list[Visit]
     inputs: tuple[Inputs, ...]  # one per reader; readers that agree hold the same tensor
     skipped: Skipped
 
@@ -62,10 +74,14 @@ class PairLoader:
     """Endless training batches: every epoch is a permutation of the source, without its last incomplete batch.
 
     A visit to an item draws one of its captions and one crop, the same for all readers: a share `crop_scale` of the
-    picture's area, 3/4 to 4/3 wide. crop_scale=(1, 1) gives the evaluation view instead.
+    picture's area, 3/4 to 4/3 wide. crop_scale=(1, 1) gives the evaluation view instead. With `views` there are so many
+    crops of a picture, and epochs take turns: a crop is then a function of the picture's key and the view's number.
 
-    Raises ValueError for a batch larger than the source; while iterating, for a batch with fewer than two readable
-    pairs, and when more than `max_bad_share` of the items seen are bad (after 100 items, or an epoch of fewer).
+    On several processes (`world`) each reads its share of every batch.
+
+    Raises ValueError for a batch larger than the source or smaller than `world`; while iterating, for a batch with
+    fewer than two readable pairs (a share with none), and when more than `max_bad_share` of the items seen are bad
+    (after 100 items, or an epoch of fewer).
     """
 
     def __init__(
@@ -78,15 +94,21 @@ class PairLoader:
         workers: int = 0,
         crop_scale: tuple[float, float] = (0.9, 1.0),
         max_bad_share: float = 0.01,
+        views: int | None = None,
         start_step: int = 0,
+        world: World = ALONE,
     ) -> None:
         if not 2 <= batch_size <= len(source):
             raise ValueError(f"batch_size {batch_size}: expected 2 to {len(source)}, the images in {source.name}")
+        if batch_size < world.size:
+            raise ValueError(f"batch_size {batch_size}: expected a pair for each of {world.size} processes")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale {crop_scale}: expected two shares of the area, 0 < smallest <= largest <= 1")
         self.source, self.readers, self.batch_size, self.seed = source, tuple(readers), batch_size, seed
         self.workers, self.crop_scale, self.max_bad_share = workers, crop_scale, max_bad_share
-        self.start_step = start_step
+        self.views, self.start_step = views, start_step
+        self.share = local_share(batch_size, world)
+        self.least_pairs = 2 if world.size == 1 else 1
         self.steps_per_epoch = len(source) // batch_size
         # For every reader, the first one that sees the same pixels, and the first one that sees the same tokens.
         self._pixels_from = [
@@ -99,9 +121,10 @@ class PairLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         seen, skipped = 0, []
-        enough = min(100, self.steps_per_epoch * self.batch_size)
-        for batch in _load(self.batch, count(self.start_step), self.workers):
-            seen += self.batch_size
+        pairs = self.share.stop - self.share.start
+        enough = min(100, self.steps_per_epoch * pairs)
+        for batch in in_order(self.batch, count(self.start_step), self.workers):
+            seen += pairs
             skipped += batch.skipped
             if seen >= enough and len(skipped) > self.max_bad_share * seen:
                 raise ValueError(
@@ -113,40 +136,55 @@ class PairLoader:
     def batch(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        indices = epoch_order(len(self.source), self.seed, epoch)[start : start + self.batch_size].tolist()
-        keys, captions, views, skipped = [], [], [], []
-        for index in indices:
+        items = order.visits(self.source, self.seed, epoch, start, start + self.batch_size)
+        keys, visits, captions, pictures, skipped = [], [], [], [], []
+        for index, turn in items[self.share]:
             key = self.source.key(index)
             try:
-                caption, view = self._visit(index, epoch)
+                visit, caption, picture = self._visit(index, turn)
             except BadItem as error:
                 skipped.append((key, str(error)))
                 continue
             keys.append(key)
+            visits.append(visit)
             captions.append(caption)
-            views.append(view)
-        if len(keys) < 2:
+            pictures.append(picture)
+        if len(keys) < self.least_pairs:
             raise ValueError(
                 f"{self.source.name}: {len(keys)} readable pairs in batch {step} of {self.batch_size}, "
-                f"needs 2: {_examples(skipped)}"
+                f"needs {self.least_pairs}: {_examples(skipped)}"
             )
-        pixels = {i: torch.stack([view[i] for view in views]) for i in set(self._pixels_from)}
+        pixels = {i: stack([picture[i] for picture in pictures]) for i in set(self._pixels_from)}
         tokens = {i: _tokenize(self.readers[i].tokenizer, captions) for i in set(self._tokens_from)}
         inputs = tuple(Inputs(pixels[i], tokens[j]) for i, j in zip(self._pixels_from, self._tokens_from, strict=True))
-        return Batch(keys, inputs, skipped)
+        return Batch(keys, visits, inputs, skipped)
 
-    def _visit(self, index: int, epoch: int) -> tuple[str, dict[int, Tensor]]:
+    def _visit(self, index: int, epoch: int) -> tuple[Visit, str, dict[int, Tensor]]:
         """A caption, and the picture as each distinct reader sees it, uint8 [3, S, S]."""
         random = Random(f"{self.seed}/{epoch}/{index}")
         captions = self.source.captions(index)
         if not captions:
             raise BadItem("no caption")
-        caption = random.choice(captions)
+        caption = draw(captions, random)
+        if self.views is None:
+            visit = Visit(index, epoch, caption)
+        else:
+            visit = Visit(index, epoch % self.views, caption)
+            random = view_random(self.source.key(index), visit.view)
+        return visit, captions[caption], self.picture(index, random)
+
+    def picture(self, index: int, random: Random) -> dict[int, Tensor]:
+        """The crop that `random` draws, as each distinct reader sees it, uint8 [3, S, S]. Raises BadItem."""
         image = self.source.image(index)
         if self.crop_scale == (1, 1):
-            return caption, {i: _whole(self.readers[i].preprocess, image) for i in set(self._pixels_from)}
+            return {i: _whole(self.readers[i].preprocess, image) for i in set(self._pixels_from)}
         box = crop_box(image.size, self.crop_scale, random)
-        return caption, {i: self.readers[i].preprocess.crop(image, box) for i in set(self._pixels_from)}
+        return {i: self.readers[i].preprocess.crop(image, box) for i in set(self._pixels_from)}
+
+
+def view_random(key: str, view: int) -> Random:
+    """What draws crop number `view` of the picture named `key`: the same in every run."""
+    return Random(f"{view}/{key}")
 
 
 class EvalBatches:
@@ -161,10 +199,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[tuple[list[int], Tensor]]:
         self.skipped = []
-        for indices, pixels, skipped in _load(self._batch, range(0, len(self.source), self.batch_size), self.workers):
+        starts = range(0, len(self.source), self.batch_size)
+        for indices, pixels, skipped in in_order(self._batch, starts, self.workers):
             self.skipped += skipped
             if indices:
-                yield indices, torch.stack(pixels)
+                yield indices, stack(pixels)
 
     def _batch(self, start: int) -> tuple[list[int], list[Tensor], Skipped]:
         indices, pixels, skipped = [], [], []
@@ -175,13 +214,6 @@ class EvalBatches:
             except BadItem as error:
                 skipped.append((self.source.key(index), str(error)))
         return indices, pixels, skipped
-
-
-@lru_cache(maxsize=1)
-def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of range(size) in which an epoch visits the items, int64."""
-    generator = torch.Generator().manual_seed(Random(f"{seed}/{epoch}").getrandbits(63))
-    return torch.randperm(size, generator=generator)
 
 
 def crop_box(size: tuple[int, int], scale: tuple[float, float], random: Random) -> Box:
@@ -230,12 +262,13 @@ class _Results(Dataset, Generic[T]):
 
 
 def _leave_stopping_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one saves its state, then ends its workers by SIGTERM."""
+    """Ctrl-C reaches every process of a terminal, SIGTERM often every one of a job; the main one saves its state with
+    what they read until then. It ends its workers, with a second SIGTERM if need be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
-def _load(function: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T]:
+def in_order(function: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T]:
     """map(function, numbers), ahead of time in worker processes if there are any."""
     loader = DataLoader(
         _Results(function),

@@ -1,35 +1,53 @@
 """What a user writes to name a data set: one string, or a mapping with the same names.
 
-The string is PATH[?key=value&key=value]. Values may hold '='; URL escapes such as %26 (&) are decoded. Examples:
+The string is PATH[?key=value&key=value]. Values may hold '='; URL escapes such as %26 (&) are decoded in them, and %3F
+(?) in the path. Examples:
 
     flickr8k/captions.tsv?images=images.zip&where=split=dev
     emoji/pairs.tsv?images=images.zip&caption=an emoji of {keywords}&sep=|
     tiny-imagenet/labels.tsv?images=images.zip&label=names&sep=,
-    shards/{000..003}.tar
-    imagenet/val                     a folder (or .zip) of class folders
+    cc3m/train-{000..575}.parquet?captions=original:0.3|synthetic:0.7
+    shards/{000..003}.tar            on disk; or s3://, gs://, https://, hf:// ...
+    pipe:ssh store cat {000..003}.tar
+    imagenet/val?templates=a photo of a {}.|a drawing of a {}.      a folder (or .zip) of class folders
+    huggingface:nlphuji/flickr30k?split=test                        or a directory that `datasets` saved
     scenes?split=train&count=4000    the built-in generator
+    mixture?2=cc3m/train.parquet&1=scenes?count=4000                or a .yaml file, see `Member`
 
-`KEYS` says which keys go with which kind of data.
+`KEYS` says which keys go with which kind of data. A spec is as trusted as a command line: `pipe:` runs a program.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self, cast, get_args
 from urllib.parse import unquote
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tinyclip.config import Config
 from tinyclip.data.scenes import Split
 
-Kind = Literal["table", "shards", "folders", "scenes"]
+Kind = Literal["table", "parquet", "shards", "folders", "huggingface", "scenes", "mixture"]
 
+_TEXTS = ("caption", "captions", "templates", "sep")
+_FILTERS = ("limit", "min_side", "min_caption_chars", "dedup")
+_IMAGES = ("jpeg_side",)
+_REMOTE = ("window", "cache_gb", "timeout_s", "retries")
 KEYS: dict[Kind, tuple[str, ...]] = {  # which keys, beside path, mean something for which kind of data
-    "table": ("images", "image", "caption", "label", "sep", "where", "limit"),
-    "shards": ("caption", "label", "sep", "limit"),
-    "folders": ("caption", "sep", "where", "limit"),
+    "table": ("images", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES),
+    "parquet": ("images", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES, *_REMOTE),
+    "shards": ("label", *_TEXTS, *_FILTERS, *_IMAGES, *_REMOTE),
+    "folders": (*_TEXTS, "where", *_FILTERS, *_IMAGES),
+    "huggingface": ("split", "config", "streaming", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES, *_REMOTE),
     "scenes": ("split", "count", "seed"),
+    "mixture": ("mixture",),
 }
+HUGGINGFACE = "huggingface:"
+PIPE = "pipe:"
 
 
 class DataSpec(BaseModel):
@@ -39,22 +57,42 @@ class DataSpec(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="table.tsv or .csv; shards.tar, braces allowed; a folder or .zip of class folders; or 'scenes'",
+        description="table.tsv, .csv or .parquet; shards.tar, braces allowed; a URL or pipe:COMMAND of such; a folder "
+        "or .zip of class folders; huggingface:ID or :DIRECTORY; 'scenes'; 'mixture', or its .yaml",
     )
     images: str | None = Field(None, description="folder or .zip of images, relative to the table; default: its folder")
-    image: str | None = Field(None, description="column with the image's path; default: file, filepath, image, ...")
+    image: str | None = Field(None, description="column of the image or its path; default: file, filepath, image, ...")
     caption: str | None = Field(None, description="column, or a template: 'a {style} drawing of {name}'")
+    captions: str | None = Field(
+        None, description="several of them, and how often each is drawn: 'original:0.3|synthetic:0.7'"
+    )
     label: str | None = Field(None, description="column (JSON field in shards) or template of the class name")
+    templates: str | None = Field(
+        None, description="captions made of the label: 'a photo of a {}.|a drawing of a {}.', or a file with one a line"
+    )
     sep: str | None = Field(None, min_length=1, description="splits a cell into several captions, or class synonyms")
     where: str | None = Field(None, description="keep the rows where all hold: 'split=train;style!=noto'")
-    limit: int | None = Field(None, gt=0, description="the first so many images")
-    split: Split = Field("train", description="which pictures the generator draws")
+    limit: int | None = Field(None, gt=0, description="the first so many images, before the three keys that follow")
+    min_side: int | None = Field(None, gt=0, description="pixels; images with a shorter side are left out")
+    min_caption_chars: int | None = Field(None, gt=0, description="shorter captions are left out")
+    dedup: bool | None = Field(None, description="leave out images whose file equals an earlier one's, bit for bit")
+    jpeg_side: int | None = Field(
+        None, gt=0, description="decode larger JPEGs to n/8 of their size, at least so many pixels a side; not exact"
+    )
+    window: int | None = Field(None, gt=0, description="remote shards whose samples are mixed at a time; default: 8")
+    cache_gb: float | None = Field(None, gt=0, description="of remote shards on disk (1e9 bytes); default: 50")
+    timeout_s: float | None = Field(None, gt=0, description="for 4 MiB of a transfer, or it is retried; default: 60")
+    retries: int | None = Field(None, ge=0, description="of a transfer, after pauses of 1, 2, 4 ... s; default: 4")
+    config: str | None = Field(None, description="of a set on the Hugging Face hub that has several")
+    streaming: bool | None = Field(None, description="read its Parquet or tar files as remote shards")
+    split: str = Field("train", description="of the hub's set; or which pictures the generator draws")
     count: int = Field(4000, gt=0, description="how many pictures the generator draws")
     seed: int = Field(0, description="the generator's seed")
+    mixture: tuple[Member, ...] | None = Field(None, min_length=1, description="sets, each with its weight")
 
     @classmethod
     def parse(cls, spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
-        """Raises ValueError, one line that quotes the spec."""
+        """Raises ValueError, one line that quotes the spec, and FileNotFoundError for a .yaml that is not there."""
         try:
             return cls.model_validate(spec)
         except ValidationError as error:
@@ -65,43 +103,124 @@ class DataSpec(BaseModel):
 
     def __str__(self) -> str:
         """What `parse` takes."""
-        fields = self.model_dump(exclude={"path"}, exclude_defaults=True)
-        query = "&".join(f"{key}={str(value).replace('%', '%25').replace('&', '%26')}" for key, value in fields.items())
-        return f"{self.path}?{query}" if query else self.path
+        fields = self.model_dump(exclude={"path", "mixture"}, exclude_defaults=True)
+        parts = [(f"{member.weight!r}", member.data) for member in self.mixture or ()] or fields.items()
+        query = "&".join(f"{key}={str(value).replace('%', '%25').replace('&', '%26')}" for key, value in parts)
+        path = self.path.replace("?", "%3F")
+        return f"{path}?{query}" if query else path
+
+    def without_secrets(self) -> DataSpec:
+        """For other eyes: commands, and the user, password and query of a URL, are left out."""
+        if self.mixture is not None:
+            members = [own.model_copy(update={"data": own.data.without_secrets()}) for own in self.mixture]
+            return self.model_copy(update={"mixture": tuple(members)})
+        path = f"{PIPE}..." if self.path.startswith(PIPE) else self.path
+        if is_remote(path):
+            path = re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0])
+        return self.model_copy(update={"path": path})
 
     @property
     def kind(self) -> Kind:
-        if self.path == "scenes":
-            return "scenes"
-        if self.path.endswith((".tsv", ".csv")):
+        if self.path in ("scenes", "mixture"):
+            return "scenes" if self.path == "scenes" else "mixture"
+        if self.path.startswith(HUGGINGFACE):
+            return "huggingface"
+        if self.path.startswith(PIPE):
+            return "shards"
+        file = self.path.partition("?")[0] if is_remote(self.path) else self.path  # a URL may have a query
+        if file.endswith((".tsv", ".csv")):
             return "table"
-        return "shards" if self.path.endswith(".tar") else "folders"
+        if file.endswith(".parquet"):
+            return "parquet"
+        return "shards" if file.endswith(".tar") else "folders"
+
+    @property
+    def scenes_split(self) -> Split:
+        assert self.split in get_args(Split), f"checked when parsed: {self.split}"
+        return cast(Split, self.split)
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         """Strings are specs too, so that a recipe can hold either form. Names unknown keys with the known ones."""
         fields = _split(value) if isinstance(value, str) else value
-        if isinstance(fields, Mapping) and (unknown := [key for key in fields if key not in cls.model_fields]):
+        if not isinstance(fields, Mapping):
+            return fields
+        path = fields.get("path")
+        if isinstance(path, str) and path.endswith((".yaml", ".yml")):
+            fields = {**fields, "path": "mixture", **_read_mixture(path)}
+        if unknown := [key for key in fields if key not in cls.model_fields]:
             raise ValueError(f"unknown key {unknown[0]!r}; known: {', '.join(cls.model_fields)}")
-        return fields
+        return {"path": "mixture", **fields} if "mixture" in fields and path is None else fields
 
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> Self:
         for key, field in type(self).model_fields.items():
             if key not in ("path", *KEYS[self.kind]) and getattr(self, key) != field.default:
                 raise ValueError(f"key {key!r} means nothing for {self.kind}, which take {', '.join(KEYS[self.kind])}")
+        if is_remote(self.path) and self.kind in ("table", "folders"):
+            raise ValueError("expected .tar or .parquet behind a URL; tables and folders are read from disk")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_each_other(self) -> Self:
+        if self.kind == "scenes" and self.split not in get_args(Split):
+            *others, last = map(repr, get_args(Split))
+            raise ValueError(f"split: expected {', '.join(others)} or {last}, got {self.split!r}")
+        given = [key for key in ("caption", "captions", "templates") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"expected one of caption, captions and templates, got {' and '.join(given)}")
+        if self.templates is not None and self.label is None and self.kind != "folders":
+            raise ValueError("templates are filled with the label: expected label=COLUMN too")
+        if self.kind == "mixture":
+            if self.mixture is None:
+                raise ValueError("path mixture: expected the key mixture too, its members")
+            if any(member.data.kind == "mixture" for member in self.mixture):
+                raise ValueError("a mixture inside a mixture: give its members weights of their own")
         return self
 
 
-def _split(text: str) -> dict[str, str]:
+class Member(Config):
+    """A set in a mixture. `{mixture: [{data: SPEC, weight: 2}, {data: SPEC}]}` is what a .yaml file holds."""
+
+    data: DataSpec = Field(description="a path or a spec; paths are relative to the working directory")
+    weight: float = Field(default=1.0, gt=0, description="its share of the pairs, relative to the others' weights")
+
+
+DataSpec.model_rebuild()
+
+
+def is_remote(path: str) -> bool:
+    """A URL, or a command whose output is the file."""
+    return path.startswith(PIPE) or re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+def _split(text: str) -> dict[str, Any]:
     path, _, query = text.partition("?")
-    fields = {"path": path}
+    pairs = []
     for part in query.split("&") if query else ():
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"expected key=value after '?', got {part!r}")
+        pairs.append((key, unquote(value)))
+    if path == "mixture":
+        if not pairs:
+            raise ValueError("a mixture has members: mixture?WEIGHT=SPEC&WEIGHT=SPEC")
+        return {"path": path, "mixture": [{"weight": weight, "data": data} for weight, data in pairs]}
+    fields = {"path": path.replace("%3F", "?")}
+    for key, value in pairs:
         if key in fields:
             raise ValueError(f"key {key!r} is given twice")
-        fields[key] = unquote(value)
+        fields[key] = value
     return fields
+
+
+def _read_mixture(path: str) -> dict[str, Any]:
+    """A .yaml file's fields, resolved when it is named, so that a recipe records what was mixed."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or list(found) != ["mixture"]:
+        raise ValueError(f"{path}: expected mixture: and a list of data and weight")
+    return found

@@ -23,6 +23,8 @@ Of unit vectors no score is above the scale, so one shift for all serves (`Shift
 directions, sums that are merged by adding, over tiles and over ranks. Where rows are longer than units or the sums
 come near the smallest numbers, maxima that run along are the shifts (`RunningSums`), as in a numerically safe softmax.
 
+Tiles are computed by torch, or, where kernel="triton", by the fused kernels of `affinity_triton.py`: same result.
+
 On several ranks, each has its own images x all texts: texts are gathered, the sums over columns are added up, and the
 gradient of the texts is scattered back.
 
@@ -32,7 +34,7 @@ T teacher embedding. Embeddings are unit vectors, scales are 1 / temperature, lo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ from torch.nn import functional as F
 from tinyclip.distill.softmax_sums import RunningSums, ShiftedSums, SoftmaxSums
 from tinyclip.distill.tiles import Pairs, Tile, row_dots
 from tinyclip.distributed import ALONE, World
+
+if TYPE_CHECKING:
+    from tinyclip.distill.affinity_triton import FusedTiles
+
+Kernel = Literal["torch", "triton"]  # what computes the tiles
 
 
 def affinity_loss_reference(
@@ -78,22 +85,34 @@ def affinity_loss(
     *,
     world: World = ALONE,
     tile: int | None = None,
+    kernel: Kernel = "torch",
+    known_unit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(loss, entropy), equal to `affinity_loss_reference`, in memory linear in the batch.
 
     `entropy` is that of the teacher's rows, without gradient: loss - entropy is a KL divergence, 0 where the student
     agrees. Gradients reach the student's embeddings and both scales. `tile` is the rows and columns in hand at once.
+    `kernel` "triton" needs a GPU and embeddings of 16 or 32 bits, and raises ValueError elsewhere. With `known_unit`
+    nobody looks whether embeddings are unit vectors; then, with scales that are numbers up to 50, no GPU is waited for.
     """
     student, teacher = (image_BE, text_BE), (teacher_image_BT, teacher_text_BT)
-    losses = _losses(student, scale, None, teacher, teacher_scale, world, tile)
+    losses = _losses(student, scale, None, teacher, teacher_scale, world, tile, kernel, known_unit)
     return losses.affinity, losses.entropy
 
 
 def contrastive_loss(
-    image_BE: Tensor, text_BE: Tensor, scale: Tensor | float, *, world: World = ALONE, tile: int | None = None
+    image_BE: Tensor,
+    text_BE: Tensor,
+    scale: Tensor | float,
+    *,
+    world: World = ALONE,
+    tile: int | None = None,
+    kernel: Kernel = "torch",
+    known_unit: bool = False,
 ) -> Tensor:
     """CLIP's loss: the cross-entropy of each pair against the rest of the batch, both directions averaged."""
-    return _losses((image_BE, text_BE), None, scale, (None, None), None, world, tile).contrastive
+    student = (image_BE, text_BE)
+    return _losses(student, None, scale, (None, None), None, world, tile, kernel, known_unit).contrastive
 
 
 def affinity_and_contrastive_loss(
@@ -107,13 +126,25 @@ def affinity_and_contrastive_loss(
     *,
     world: World = ALONE,
     tile: int | None = None,
+    kernel: Kernel = "torch",
+    known_unit: bool = False,
 ) -> Losses:
     """Both losses from the same tiles: no more products than one. Where the scales are one, no more exponentials."""
     student, teacher = (image_BE, text_BE), (teacher_image_BT, teacher_text_BT)
-    return _losses(student, scale, contrastive_scale, teacher, teacher_scale, world, tile)
+    return _losses(student, scale, contrastive_scale, teacher, teacher_scale, world, tile, kernel, known_unit)
 
 
-def _losses(student, scale, contrastive_scale, teacher, teacher_scale, world: World, tile: int | None) -> Losses:
+def _losses(
+    student,
+    scale,
+    contrastive_scale,
+    teacher,
+    teacher_scale,
+    world: World,
+    tile: int | None,
+    kernel: Kernel,
+    known_unit: bool,
+) -> Losses:
     for name, rows in zip(("text", "teacher's image", "teacher's text"), (student[1], *teacher), strict=True):
         if rows is not None and len(rows) != len(student[0]):
             raise ValueError(f"expected a {name} embedding for each of {len(student[0])} images, got {len(rows)}")
@@ -122,7 +153,20 @@ def _losses(student, scale, contrastive_scale, teacher, teacher_scale, world: Wo
     both = contrastive_scale is scale
     scale, contrastive_scale, teacher_scale = map(_checked_scale, (scale, contrastive_scale, teacher_scale))
     scales = (scale, scale if both else contrastive_scale, teacher_scale)
-    return Losses(*_InBatchLosses.apply(*student, *scales, *teacher, world, tile))
+    fused = _fused_tiles(kernel, [student] if teacher[0] is None else [student, teacher])
+    return Losses(*_InBatchLosses.apply(*student, *scales, *teacher, world, tile, fused, known_unit))
+
+
+def _fused_tiles(kernel: Kernel, models: list[tuple[Tensor, Tensor]]) -> FusedTiles | None:
+    if kernel == "torch":
+        return None
+    if kernel != "triton":
+        raise ValueError(f"kernel: expected torch or triton, got {kernel!r}")
+    try:
+        from tinyclip.distill.affinity_triton import FusedTiles
+    except ImportError as error:
+        raise ValueError(f"kernel 'triton' needs Triton ({error}): pip install triton") from error
+    return FusedTiles.of(models)
 
 
 def _checked_scale(scale: Tensor | float | None) -> Tensor | float | None:
@@ -139,15 +183,29 @@ class _InBatchLosses(torch.autograd.Function):
     """`Losses`. The upstream gradients of affinity and contrastive are their weights."""
 
     @staticmethod
-    def forward(ctx, image, text, scale, contrastive_scale, teacher_scale, teacher_image, teacher_text, world, tile):  # type: ignore[override]
+    def forward(
+        ctx,
+        image,
+        text,
+        scale,
+        contrastive_scale,
+        teacher_scale,
+        teacher_image,
+        teacher_text,
+        world,
+        tile,
+        fused,
+        known_unit,
+    ):  # type: ignore[override]
         models = [(image, text)] if teacher_image is None else [(image, text), (teacher_image, teacher_text)]
         with torch.autocast(image.device.type, enabled=False):  # a bf16 score near 50 would be off by up to 0.125
             pairs = Pairs.gathered(models, world, tile)
-            softmaxes = _softmaxes(pairs, (scale, contrastive_scale, teacher_scale), world)
+            fits = known_unit or pairs.are_unit(world)
+            softmaxes = _softmaxes(pairs, (scale, contrastive_scale, teacher_scale), world, fused, fits)
             losses = _values(pairs, softmaxes, world)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*pairs.saved())
-        ctx.layout, ctx.softmaxes, ctx.world = pairs.layout, softmaxes, world
+        ctx.layout, ctx.softmaxes, ctx.world, ctx.fused = pairs.layout, softmaxes, world, fused
         pairs.scratch.clear()
         ctx.mark_non_differentiable(losses.entropy)
         ctx.set_materialize_grads(False)
@@ -159,8 +217,8 @@ class _InBatchLosses(torch.autograd.Function):
         pairs = Pairs.restored(ctx.saved_tensors, ctx.layout)
         with torch.autocast(pairs.image.device.type, enabled=False):
             terms = _terms(pairs, ctx.softmaxes, (grad_affinity, grad_contrastive), ctx.world)
-            grads = _gradients(pairs, terms, ctx.needs_input_grad, ctx.world) if terms else [None] * 5
-        return *grads, None, None, None, None
+            grads = _gradients(pairs, terms, ctx.needs_input_grad, ctx.world, ctx.fused) if terms else [None] * 5
+        return *grads, *[None] * 6
 
 
 class _Affinity(NamedTuple):
@@ -181,10 +239,10 @@ class _Softmaxes(NamedTuple):
 Scales = tuple[Tensor | float | None, Tensor | float | None, Tensor | float | None]  # affinity, contrastive, teacher's
 
 
-def _softmaxes(pairs: Pairs, scales: Scales, world: World) -> _Softmaxes:
+def _softmaxes(pairs: Pairs, scales: Scales, world: World, fused: FusedTiles | None, fits: bool) -> _Softmaxes:
     """The sums of one pass; of two where the constant shift turns out not to fit."""
-    if pairs.are_unit(world):
-        softmaxes = _one_pass(ShiftedSums, pairs, scales)
+    if fits:
+        softmaxes = _one_pass(ShiftedSums, pairs, scales, fused)
         if all([softmax.merge(world) for softmax in softmaxes.distinct()]):  # a list: every rank merges every one
             return softmaxes
     softmaxes = _one_pass(RunningSums, pairs, scales)
@@ -193,7 +251,7 @@ def _softmaxes(pairs: Pairs, scales: Scales, world: World) -> _Softmaxes:
     return softmaxes
 
 
-def _one_pass(kind: type[SoftmaxSums], pairs: Pairs, scales: Scales) -> _Softmaxes:
+def _one_pass(kind: type[SoftmaxSums], pairs: Pairs, scales: Scales, fused: FusedTiles | None = None) -> _Softmaxes:
     scale, contrastive_scale, teacher_scale = scales
     affinity = contrastive = None
     if scale is not None and teacher_scale is not None:
@@ -202,6 +260,9 @@ def _one_pass(kind: type[SoftmaxSums], pairs: Pairs, scales: Scales) -> _Softmax
         shared = affinity is not None and _is_same(scale, contrastive_scale)
         contrastive = affinity.student if affinity and shared else kind(pairs, 0, _number(contrastive_scale))
     softmaxes = _Softmaxes(affinity, contrastive)
+    if fused is not None:
+        fused.add(pairs, softmaxes.distinct())
+        return softmaxes
     for tile in pairs.tiles():
         for softmax in softmaxes.distinct():
             softmax.add(tile)
@@ -228,7 +289,7 @@ def _values(pairs: Pairs, softmaxes: _Softmaxes, world: World) -> Losses:
     return Losses(*((world.sum_(rows) + columns) / (2 * len(pairs.text))).to(pairs.image.dtype).unbind())
 
 
-class _Term(NamedTuple):
+class Term(NamedTuple):
     """One softmax of the student, the place of its scale among the inputs, and the losses that read it.
 
     `affinity` and `contrastive` are d loss / d cosine's factors before the softmaxes' difference to their targets.
@@ -240,10 +301,13 @@ class _Term(NamedTuple):
     affinity: Tensor | None = None
     contrastive: Tensor | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        return torch.stack([weight for weight in (self.affinity, self.contrastive) if weight is not None]).sum()
+
     def gradient(self, pairs: Pairs, tile: Tile, out: str) -> Tensor:
         """d loss / d cosine of one tile, written to the scratch tile `out`."""
-        weights = [weight for weight in (self.affinity, self.contrastive) if weight is not None]
-        g_rk = self.student.weigh(tile, torch.stack(weights).sum(), out)
+        g_rk = self.student.weigh(tile, self.weight, out)
         if self.teacher is not None and self.affinity is not None:
             g_rk.sub_(self.teacher.weigh(tile, self.affinity, "e"))
         if self.contrastive is not None:
@@ -251,23 +315,39 @@ class _Term(NamedTuple):
         return g_rk
 
 
-def _terms(pairs: Pairs, softmaxes: _Softmaxes, upstream: tuple[Tensor | None, ...], world: World) -> list[_Term]:
+def _terms(pairs: Pairs, softmaxes: _Softmaxes, upstream: tuple[Tensor | None, ...], world: World) -> list[Term]:
     """Of world.size times the loss, since a data parallel wrapper averages gradients over ranks."""
     per_row = world.size / (2 * len(pairs.text))
     terms = []
     if softmaxes.affinity is not None and upstream[0] is not None:
         student, teacher = softmaxes.affinity
-        terms = [_Term(student, 2, teacher, affinity=per_row * student.scale * upstream[0])]
+        terms = [Term(student, 2, teacher, affinity=per_row * student.scale * upstream[0])]
     if softmaxes.contrastive is not None and upstream[1] is not None:
         factor = per_row * softmaxes.contrastive.scale * upstream[1]
         if terms and terms[0].student is softmaxes.contrastive:
             return [terms[0]._replace(contrastive=factor)]
-        terms.append(_Term(softmaxes.contrastive, 3, contrastive=factor))
+        terms.append(Term(softmaxes.contrastive, 3, contrastive=factor))
     return terms
 
 
-def _gradients(pairs: Pairs, terms: list[_Term], needs: tuple[bool, ...], world: World) -> list[Tensor | None]:
+def _gradients(
+    pairs: Pairs, terms: list[Term], needs: tuple[bool, ...], world: World, fused: FusedTiles | None
+) -> list[Tensor | None]:
     """For image, text, and the scales of affinity, contrastive and teacher; None where not needed."""
+    can_fuse = not needs[4] and all(isinstance(term.student, ShiftedSums) for term in terms)
+    compute = fused.gradients if fused is not None and can_fuse else _tiled_gradients
+    d_image, d_text, d_scales = compute(pairs, terms, needs)
+    if d_text is not None:
+        d_text = world.scatter_sum(d_text, pairs.layout.counts)
+    return [
+        grad if needed else None for grad, needed in zip((d_image, d_text, *d_scales.values()), needs, strict=False)
+    ]
+
+
+def _tiled_gradients(
+    pairs: Pairs, terms: list[Term], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, dict[int, Tensor]]:
+    """(d image, d text, d scale by its place among the inputs), not yet summed over ranks."""
     image, text = pairs.image, pairs.text
     by_euler = len(terms) == 1 and needs[terms[0].place]
     d_image = torch.zeros_like(image) if needs[0] or (by_euler and not needs[1]) else None
@@ -282,15 +362,11 @@ def _gradients(pairs: Pairs, terms: list[_Term], needs: tuple[bool, ...], world:
     if by_euler:
         by_rows = [row_dots(x, dx) for x, dx in ((image, d_image), (text, d_text)) if dx is not None]
         d_scales[terms[0].place] = by_rows[0].sum() / terms[0].student.scale  # both sums are the same number
-    if d_text is not None:
-        d_text = world.scatter_sum(d_text, pairs.layout.counts)
-    return [
-        grad if needed else None for grad, needed in zip((d_image, d_text, *d_scales.values()), needs, strict=False)
-    ]
+    return d_image, d_text, d_scales
 
 
 def _tile_gradient(
-    pairs: Pairs, tile: Tile, terms: list[_Term], needs: tuple[bool, ...], d_scales: dict[int, Tensor]
+    pairs: Pairs, tile: Tile, terms: list[Term], needs: tuple[bool, ...], d_scales: dict[int, Tensor]
 ) -> Tensor:
     """d loss / d cosine of one tile, and what of the scales' gradients is not Euler's: added to `d_scales`."""
     total_rk = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tinyclip.formats.files import write_text, writing
 
 Tracker = Literal["tensorboard", "wandb"]
 SECONDS_PER_LINE = 60  # of progress where there is no terminal
@@ -21,43 +24,73 @@ class JsonLines:
 
     def __init__(self, path: Path, *, start_step: int):
         if path.exists():
-            path.write_text("".join(_lines_before(path, start_step)), encoding="utf-8")
+            write_text(path, "".join(_lines_before(path, start_step)))
+        self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
 def _lines_before(path: Path, step: int) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] < step:
-                yield line
+                yield line + "\n"
         except (json.JSONDecodeError, KeyError):
             continue  # the torn last line of a killed run
 
 
-class Metrics:
-    """One line per logged step in `directory`/metrics.jsonl, the trackers, and a progress display on stderr."""
-
-    def __init__(self, directory: Path, *, start_step: int, total_steps: int, trackers: tuple[Tracker, ...] = ()):
-        self._trackers = [_open_tracker(tracker, directory) for tracker in trackers]
-        self._lines = JsonLines(directory / "metrics.jsonl", start_step=start_step)
-        self._pairs, self._started = 0, time.perf_counter()
-        self._display = _Display(f"{directory.parent.name}/{directory.name}", start_step, total_steps)
+class Muted:
+    """What a process that is not the main one tells: nothing."""
 
     def advance(self, step: int, pairs: int) -> None:
         """Count one finished step of so many pairs."""
+
+    def skip(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
+        """Note the (key, reason) of pairs that could not be read."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell what a step saw."""
+
+    def sync(self) -> None:
+        """What was told is to last as long as the checkpoint that comes next."""
+
+    def close(self) -> None:
+        """No more follows."""
+
+
+class Metrics(Muted):
+    """A line per logged step in `directory`/metrics.jsonl, one per skipped pair in skipped.jsonl, the trackers, and a
+    progress display on stderr."""
+
+    def __init__(self, directory: Path, *, start_step: int, total_steps: int, trackers: tuple[Tracker, ...] = ()):
+        self._trackers = [_open_tracker(tracker, directory, start_step) for tracker in trackers]
+        self._lines = JsonLines(directory / "metrics.jsonl", start_step=start_step)
+        self._skipped = JsonLines(directory / "skipped.jsonl", start_step=start_step)
+        self._pairs, self._started = 0, time.perf_counter()
+        self._display = Display(f"{directory.parent.name}/{directory.name}", start_step, total_steps)
+
+    def advance(self, step: int, pairs: int) -> None:
         self._pairs += pairs
         self._display.advance(step + 1, self.pairs_per_s)
 
     @property
     def pairs_per_s(self) -> float:
         return self._pairs / max(time.perf_counter() - self._started, 1e-9)
+
+    def skip(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
+        for key, reason in skipped:
+            self._skipped.write({"step": step, "key": key, "reason": reason})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, "pairs_per_s": round(self.pairs_per_s, 1), **values}
@@ -66,18 +99,23 @@ class Metrics:
             tracker(step, line)
         self._display.describe(values)
 
+    def sync(self) -> None:
+        self._lines.sync()
+        self._skipped.sync()
+
     def close(self) -> None:
         self._lines.close()
+        self._skipped.close()
         self._display.close()
 
 
-def _open_tracker(tracker: Tracker, directory: Path) -> Any:
+def _open_tracker(tracker: Tracker, directory: Path, start_step: int) -> Any:
     """A function (step, values) of an optional library. Raises ValueError where the library is missing."""
     try:
         if tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(directory / "tensorboard"))
+            writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step)  # hides a killed run's later
             return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()]
         import wandb  # type: ignore[import-not-found]
 
@@ -87,7 +125,7 @@ def _open_tracker(tracker: Tracker, directory: Path) -> Any:
         raise ValueError(f"trackers: {tracker} needs `pip install tinyclip[{tracker}]` ({error})") from error
 
 
-class _Display:
+class Display:
     """On a terminal a bar with pairs/s and the time left; when piped a line a minute."""
 
     def __init__(self, title: str, done: int, total: int):

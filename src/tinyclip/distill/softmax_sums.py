@@ -83,6 +83,7 @@ class ShiftedSums(SoftmaxSums):
         super().__init__(pairs, model, scale, means=means)
         largest_exponent = math.log(torch.finfo(pairs.image.dtype).max / max(1, pairs.shape[1])) - 1
         self.shift = max(0.0, LONGEST_UNIT**2 * scale - largest_exponent)
+        self.can_vanish = -(LONGEST_UNIT**2) * scale - self.shift < math.log(self._floor)  # a sum's least term
 
     def shifts(self) -> tuple[float, float]:
         return self.shift, self.shift
@@ -93,16 +94,23 @@ class ShiftedSums(SoftmaxSums):
             self.columns_MN[m, tile.columns] += matrix_rk.sum(0)
 
     def merge(self, world: World) -> bool:
+        if not self.can_vanish:  # nor is there anything to wait for; what is not finite stays so in the loss
+            world.sum_(self.columns_MN)
+            return True
         packed = torch.cat([self._doubtful(self.rows_MB[0]), self.columns_MN.flatten()])
         world.sum_(packed)
         self.columns_MN = packed[1:].view_as(self.columns_MN)
         return not bool(packed[0] + self._doubtful(self.columns_MN[0]) > 0)
 
     def _doubtful(self, sums: Tensor) -> Tensor:
-        """How many sums, [1], are not finite, or so small that N terms that were rounded to 0 would show."""
-        finfo = torch.finfo(sums.dtype)
-        floor = self.columns_MN.shape[1] * finfo.tiny / finfo.eps
-        return (~((sums > floor) & (sums < math.inf))).sum(dtype=sums.dtype)[None]
+        """How many sums, [1], are not finite or too small."""
+        return (~((sums > self._floor) & (sums < math.inf))).sum(dtype=sums.dtype)[None]
+
+    @property
+    def _floor(self) -> float:
+        """Of smaller sums, N terms that were rounded to 0 would show."""
+        finfo = torch.finfo(self.columns_MN.dtype)
+        return max(1, self.columns_MN.shape[1]) * finfo.tiny / finfo.eps
 
     def weigh(self, tile: Tile, weight: Tensor, out: str) -> Tensor:
         a_r, b_k = weight / self.rows_MB[0, tile.rows], weight / self.columns_MN[0, tile.columns]

@@ -6,7 +6,7 @@ Shape legend: B pairs, L tokens, S side of the picture, T teacher embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyclip.data.loader import Reader
+from tinyclip.distributed import World, shard
 from tinyclip.formats import checkpoint
 from tinyclip.formats.files import read_json
 from tinyclip.formats.open_clip import CONFIG_FILE, TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
 from tinyclip.formats.provenance import read_provenance
-from tinyclip.model import CLIP, unit
+from tinyclip.model import CLIP, Block, unit
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class Teacher:
     scale: float  # 1 / temperature
     model: Any  # a CLIP, or a model of open_clip with the same encode_image and encode_text
     teach_only: str | None = None  # why its weights cannot be inherited
+    sharded: bool = False  # every process has a part of the weights: all must call it equally often
 
     @property
     def clip(self) -> CLIP | None:
@@ -54,6 +56,15 @@ class Teacher:
         """Move the weights, in place."""
         self.model.to(device)
         return self
+
+    def shard(self, world: World, device: torch.device) -> Teacher:
+        """Split the weights over the processes, in place, for a model too big for one card."""
+        if world.size == 1:
+            return self.to(device)
+        if self.clip is not None:
+            self.clip.text.chunk_counts = (1,)  # by length, processes would differ
+        shard(self.model, world, device, {type(self.model): ("encode_image", "encode_text"), Block: ("read",)})
+        return replace(self, sharded=True)
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, tokens_BL: Tensor, length_B: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from tinyclip.distributed import World
 
 LONGEST_UNIT = 1.01  # bf16 leaves the norm of a unit vector up to 0.3 % off
 ONE_TILE = 1500  # batches up to this size are one tile, which is kept for backward
-TILE, CUDA_TILE = 1024, 4096  # rows and columns; on two cores 512 to 2048 are alike. Four tiles of 4,096 are 268 MB
+TILE, CUDA_TILE = 512, 4096  # rows and columns; on two cores 512 to 2048 are alike. Four tiles of 4,096 are 268 MB
 
 
 class Scratch:

@@ -3,32 +3,41 @@
 Knows nothing of the phases before or after. What a step does is a function of (settings, seed, step) and of the state
 in the checkpoint, so a phase that was cut off continues to the same weights.
 
+On several processes each takes its share of every batch, and the loss compares all pairs: a step does what it does on
+one process, but for the order of sums. Losses are `world.size` times their share of the gradient, and gradients are
+averaged: the student's by a data parallel wrapper while backward runs, those of gates and projection after it.
+
 Shape legend: B pairs, E student embedding, T teacher embedding.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tinyclip.config import Config
+from tinyclip.config import Config, changes
 from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
-from tinyclip.distill.metrics import JsonLines, Metrics, Tracker
-from tinyclip.distill.objective import Objective, projection, total_loss
+from tinyclip.distill.checkpoints import Checkpoints, read
+from tinyclip.distill.metrics import Metrics, Muted, Tracker
+from tinyclip.distill.objective import Objective, Target, projection, total_loss
+from tinyclip.distill.store import Stored
 from tinyclip.distill.teacher import Teacher
-from tinyclip.model import CLIP, Gates, lengths
+from tinyclip.distributed import ALONE, World, data_parallel, unsynchronised
+from tinyclip.model import CLIP, Gates, ImageConfig, lengths
 from tinyclip.model_resnet import frozen_statistics
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 
@@ -40,11 +49,11 @@ class TrainConfig(Config):
 
     steps: int | None = Field(default=None, gt=0, description="batches; or give epochs")
     epochs: float | None = Field(default=None, gt=0, description="visits to every image; or give steps")
-    batch_size: int = Field(default=256, ge=2, description="pairs; the loss compares all of them")
+    batch_size: int = Field(default=256, ge=2, description="pairs of all processes; the loss compares all of them")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="pairs in memory at once; the gradient is exactly that of the whole batch, but "
+        description="pairs in a process's memory at once; the gradient is exactly that of the whole batch, but "
         "BatchNorms (of ResNets) see these pairs alone",
     )
     lr: float = Field(default=5e-4, gt=0, description="the highest learning rate")
@@ -55,11 +64,18 @@ class TrainConfig(Config):
     eps: float = Field(default=1e-6, gt=0, description="of AdamW")
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the gradient")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of products; similarities are always fp32")
+    image_tokens: float = Field(
+        default=1.0, gt=0, le=1, description="share of its patches that a student's ViT sees: faster, not exact"
+    )
+    whole_images: float = Field(
+        default=0.1, ge=0, le=1, description="with image_tokens, the last share of the steps, which see every patch"
+    )
     recompute: bool = Field(default=False, description="gradient checkpointing")
     compile: bool = Field(default=False, description="torch.compile of both towers: slow start, faster steps on GPUs")
     objective: Objective = Objective()
     log_every: int = Field(default=10, gt=0, description="steps")
     checkpoint_every: int = Field(default=200, gt=0, description="steps")
+    keep_checkpoints: int = Field(default=2, gt=0, description="the last so many; a damaged one is passed over")
     evaluate_every: int | None = Field(default=None, gt=0, description="steps")
     trackers: tuple[Tracker, ...] = Field(default=(), description="optional libraries that also get the metrics")
 
@@ -126,25 +142,35 @@ def train(
     config: TrainConfig,
     directory: Path,
     *,
-    teacher: Teacher | None = None,
+    teachers: Sequence[Teacher | Stored] = (),
     masking: Masking | None = None,
     seed: int = 0,
     evaluate: Callable[[CLIP], dict[str, float]] | None = None,
+    world: World = ALONE,
 ) -> Outcome:
-    """Train `student` (and gates) in place; `directory` gets checkpoint.pt, metrics.jsonl and skipped.jsonl.
+    """Train `student` (and gates) in place; `directory` gets checkpoints, metrics.jsonl and skipped.jsonl.
 
-    A checkpoint found there is continued. Raises Interrupted after Ctrl-C or SIGTERM, once the state is saved;
+    The newest checkpoint found there is continued. Raises Interrupted after Ctrl-C or SIGTERM, once the state is saved;
     ValueError where the objective needs a teacher and there is none, where the data is unfit, or the loss diverges.
     """
-    if config.objective.needs_teacher and teacher is None:
+    if config.objective.needs_teacher and not teachers:
         raise ValueError("objective: affinity and feature need a teacher; without one set contrastive=1, affinity=0")
     if student.preprocess is None or student.tokenizer is None:
         raise ValueError("the student came without preprocessing or tokenizer, so it cannot read pairs")
-    directory.mkdir(parents=True, exist_ok=True)
+    world.on_main(directory.mkdir, parents=True, exist_ok=True)
+    if config.image_tokens < 1 and not isinstance(student.config.image, ImageConfig):
+        raise ValueError(f"image_tokens {config.image_tokens:g}: expected 1, since a ResNet's images have no tokens")
+    if not config.objective.needs_teacher:
+        teachers = ()
     readers = [Reader(student.preprocess, student.tokenizer)]
-    readers += [teacher.reader] if teacher is not None and config.objective.needs_teacher else []
-    state = _State(student, config, masking, teacher)
-    state.resume(directory / "checkpoint.pt")
+    readers += [teacher.reader for teacher in teachers if isinstance(teacher, Teacher)]
+    views = [teacher.views for teacher in teachers if isinstance(teacher, Stored)]
+    state = _State(student, config, masking, teachers, world)
+    settings = config.model_dump(mode="json") | {"seed": seed}  # those that decide what a step does
+    settings["data"] = data.model_dump(mode="json", exclude={"workers"})
+    settings["masks"] = masking and masking.rule.model_dump(mode="json")
+    checkpoints = Checkpoints(directory, keep=config.keep_checkpoints)
+    state.resume(checkpoints, settings)
     loader = PairLoader(
         source,
         readers,
@@ -153,41 +179,50 @@ def train(
         workers=data.workers,
         crop_scale=data.crop_scale,
         max_bad_share=data.max_bad_share,
+        views=views[0] if views else None,
         start_step=state.step,
+        world=world,
     )
     num_steps = config.num_steps(loader.steps_per_epoch)
     student.train()
     student.set_recompute(config.recompute)
     student.set_compiled(config.compile)
     started = time.perf_counter()
-    metrics = Metrics(directory, start_step=state.step, total_steps=num_steps, trackers=config.trackers)
-    skipped = JsonLines(directory / "skipped.jsonl", start_step=state.step)
+    metrics: Muted = Muted()
+    if world.is_main:
+        metrics = Metrics(directory, start_step=state.step, total_steps=num_steps, trackers=config.trackers)
     try:
-        with _stop_requests() as stop:
+        with _stop_requests() as requests:
             for batch in loader if state.step < num_steps else ():
                 step = state.step
                 last = step + 1 == num_steps
-                values = _step(state, batch, config, teacher, step, num_steps, seed)
-                for key, reason in batch.skipped:
-                    skipped.write({"step": step, "key": key, "reason": reason})
-                metrics.advance(step, len(batch.keys))
+                stop, pairs, num_skipped = world.sums(len(requests), len(batch.keys), len(batch.skipped))
+                state.pairs += pairs
+                state.skipped_pairs += num_skipped
+                values = _step(state, batch, config, teachers, step, num_steps, seed)
+                if num_skipped:
+                    metrics.skip(step, world.concatenated(batch.skipped))
+                metrics.advance(step, pairs)
                 scored = evaluate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0
                 if scored or step % config.log_every == 0 or last:
                     state.check_convergence()
                     if scored and evaluate is not None:
-                        values |= evaluate(student)
+                        state.share_statistics()
+                        values |= world.on_main(evaluate, student)
                         student.train()
                     metrics.write(step, _plain(values))
                 if last or stop or (step + 1) % config.checkpoint_every == 0:
-                    state.save(directory / "checkpoint.pt")
+                    state.share_statistics()
+                    metrics.sync()
+                    world.on_main(state.save, checkpoints, settings)
                 if stop:
                     reached = f"stopped after step {step + 1} of {num_steps}, state saved in {directory}"
-                    raise Interrupted(reached, stop[0])
+                    raise Interrupted(reached, requests[0] if requests else signal.SIGTERM)
                 if last:
                     break
     finally:
         metrics.close()
-        skipped.close()
+        state.release()
         student.set_recompute(False)
         student.set_compiled(False)
     student.eval()
@@ -202,11 +237,19 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 class _State:
     """Everything that a checkpoint holds."""
 
-    def __init__(self, student: CLIP, config: TrainConfig, masking: Masking | None, teacher: Teacher | None):
-        self.student, self.config, self.masking = student, config, masking
+    def __init__(
+        self,
+        student: CLIP,
+        config: TrainConfig,
+        masking: Masking | None,
+        teachers: Sequence[Teacher | Stored],
+        world: World = ALONE,
+    ):
+        self.student, self.config, self.masking, self.world = student, config, masking, world
+        student.logit_scale.requires_grad_(config.objective.learns_scale)
         self.project = None
-        if teacher is not None:
-            self.project = projection(config.objective, student.config.embed_dim, teacher.embed_dim)
+        if teachers:
+            self.project = projection(config.objective, student.config.embed_dim, teachers[0].embed_dim)
         if self.project is not None:
             nn.init.orthogonal_(self.project.weight, generator=torch.Generator().manual_seed(0))
             self.project.to(student.device)
@@ -219,9 +262,23 @@ class _State:
         if masking is not None:
             lr = masking.rule.log_alpha_lr
             self.gate_optimizer = torch.optim.Adam(masking.gates.parameters(), lr=lr, fused=_has_fused(student.device))
+        self.model = data_parallel(student, world)
 
     _COUNTS = ("step", "pairs", "skipped_pairs")
     _DEVICE_COUNTS = ("skipped_steps", "non_finite_in_a_row")  # nobody waits for them but a log line or a checkpoint
+
+    def release(self) -> None:
+        """Give the student back as it came: every weight learns."""
+        self.student.logit_scale.requires_grad_(True)
+
+    def share_gradients(self) -> None:
+        """Those that the data parallel wrapper does not average."""
+        besides = [part for part in (self.project, self.masking and self.masking.gates) if part is not None]
+        self.world.mean_(p.grad for part in besides for p in part.parameters() if p.grad is not None)
+
+    def share_statistics(self) -> None:
+        """BatchNorms' running statistics, which no step reads: means over ranks are due when they are saved or used."""
+        self.world.mean_(b for name, b in self.student.named_buffers() if name.rpartition(".")[2].startswith("running"))
 
     def update(self, is_finite: Tensor) -> None:
         """A step of the optimizers, or none where the loss or its gradient is not finite: the device decides."""
@@ -254,25 +311,20 @@ class _State:
             parts["gate_optimizer"] = self.gate_optimizer
         return parts
 
-    def save(self, path: Path) -> None:
-        """Atomic: a reader sees the old checkpoint or the new one."""
+    def save(self, checkpoints: Checkpoints, settings: dict[str, Any]) -> None:
         content = {name: part.state_dict() for name, part in self._parts().items()}
         content["counts"] = {name: int(getattr(self, name)) for name in (*self._COUNTS, *self._DEVICE_COUNTS)}
-        content["settings"] = self.config.model_dump_json()
-        unfinished = path.with_suffix(".tmp")
-        with unfinished.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        content["settings"] = json.dumps(settings)
+        checkpoints.save(content, self.step)
 
-    def resume(self, path: Path) -> None:
-        """Continue from `path` if it is there. Raises ValueError for a checkpoint of other settings."""
-        if not path.exists():
+    def resume(self, checkpoints: Checkpoints, settings: dict[str, Any]) -> None:
+        """Continue from the newest checkpoint, if there is one. Raises ValueError where it is of other settings."""
+        path = self.world.on_main(checkpoints.latest)
+        if path is None:
             return
-        content = torch.load(path, map_location=self.student.device, weights_only=True)
-        if content["settings"] != self.config.model_dump_json():
-            raise ValueError(f"{path}: was written with other training settings; use another --run or delete it")
+        content = read(path, self.student.device)
+        if changed := changes(json.loads(content["settings"]), json.loads(json.dumps(settings))):
+            raise ValueError(f"{path}: written with other training settings: {changed}; use another --run or delete it")
         for name, part in self._parts().items():
             part.load_state_dict(content[name])
         for name in self._COUNTS:
@@ -298,25 +350,31 @@ def _has_fused(device: torch.device) -> bool:
 
 
 def _step(
-    state: _State, batch: Batch, config: TrainConfig, teacher: Teacher | None, step: int, num_steps: int, seed: int
+    state: _State,
+    batch: Batch,
+    config: TrainConfig,
+    teachers: Sequence[Teacher | Stored],
+    step: int,
+    num_steps: int,
+    seed: int,
 ) -> dict[str, Any]:
     student, masking = state.student, state.masking
     lr = config.lr_at(step, num_steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    target = None
-    if teacher is not None and config.objective.needs_teacher:
-        target = (*_teach(teacher, batch.inputs[1], config), teacher.scale)
+    targets = _targets(teachers, batch, config, state)
 
-    def loss_of(image_BE: Tensor, text_BE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return total_loss(config.objective, image_BE, text_BE, student.scale, target, state.project)
+    def loss_of(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return total_loss(config.objective, image_BE, text_BE, scale, targets, state.project, world=state.world)
 
     gates = None
     if masking is not None:
         gates = masking.gates.sample(torch.Generator().manual_seed(seed * 1_000_003 + step))
     values: dict[str, Any] = {"lr": lr}
-    loss, terms = backward(student, batch.inputs[0], gates, loss_of, config)
+    inputs = replace(batch.inputs[0], seen=_seen_patches(student, batch, config, step, num_steps, seed))
+    loss, terms = backward(state.model, inputs, gates, loss_of, config)
     values |= {"loss": loss, **terms, "scale": student.scale.detach()}
+    state.share_gradients()
     if masking is not None:
         sparsity = masking.constraint.sparsity(masking.gates)
         masking.constraint.penalty(sparsity, step).backward()
@@ -327,16 +385,45 @@ def _step(
     if masking is not None:
         masking.gates.clamp_()
     state.step = step + 1
-    state.pairs += len(batch.keys)
-    state.skipped_pairs += len(batch.skipped)
     return values | {"skipped_steps": state.skipped_steps, "skipped_pairs": state.skipped_pairs}
 
 
-def _teach(teacher: Teacher, inputs: Inputs, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def _seen_patches(
+    student: CLIP, batch: Batch, config: TrainConfig, step: int, num_steps: int, seed: int
+) -> Tensor | None:
+    """Some patches [B, n] of each image; None for all. A pair's are its own, on any number of processes.
+
+    Source: Li et al., "Scaling Language-Image Pre-training via Masking" (FLIP), CVPR 2023.
+    """
+    if config.image_tokens == 1 or step >= num_steps * (1 - config.whole_images):
+        return None
+    patches = student.config.image.num_tokens - 1
+    n = max(1, round(config.image_tokens * patches))
+    drawn = [Random(f"{seed}/{step}/{visit.index}").sample(range(patches), n) for visit in batch.visits]
+    return torch.tensor(drawn)
+
+
+def _targets(teachers: Sequence[Teacher | Stored], batch: Batch, config: TrainConfig, state: _State) -> list[Target]:
+    """What each teacher says of the batch, on the student's device."""
+    live = iter(batch.inputs[1:])
+    targets = []
+    for teacher in teachers:
+        if isinstance(teacher, Stored):
+            image_BT, text_BT = teacher.embeddings(batch.keys, batch.visits)
+        else:
+            image_BT, text_BT = _teach(teacher, next(live), config, state.world)
+        device = state.student.device
+        targets.append((image_BT.to(device), text_BT.to(device), teacher.scale))
+    return targets
+
+
+def _teach(teacher: Teacher, inputs: Inputs, config: TrainConfig, world: World) -> tuple[Tensor, Tensor]:
     """The teacher's unit embeddings [B, T] of images and texts, micro-batch by micro-batch."""
+    chunks = _micro_batches(inputs, config)
+    calls = max(world.concatenated([len(chunks)])) if teacher.sharded else len(chunks)
     with _autocast(teacher.device, config):
-        parts = [teacher.embed(*_to(inputs[rows], teacher.device)) for rows in _micro_batches(inputs, config)]
-    image_BT, text_BT = (torch.cat(side) for side in zip(*parts, strict=True))
+        parts = [teacher.embed(*_to(inputs[chunks[i % len(chunks)]], teacher.device)[:3]) for i in range(calls)]
+    image_BT, text_BT = (torch.cat(side) for side in zip(*parts[: len(chunks)], strict=True))
     return image_BT, text_BT
 
 
@@ -347,42 +434,49 @@ def _micro_batches(inputs: Inputs, config: TrainConfig) -> list[slice]:
 
 
 def backward(
-    student: CLIP,
+    model: nn.Module,
     inputs: Inputs,
     gates: Gates | None,
-    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    loss_of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
     config: TrainConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Accumulate the gradient of `loss_of(image_BE, text_BE)`, in micro-batches where the batch is larger than one.
+    """Accumulate the gradient of `loss_of(image_BE, text_BE, scale)`, in micro-batches where the batch is larger.
+
+    `model` is the student, or the data parallel wrapper of it.
 
     An in-batch loss cannot be summed over micro-batches. So the embeddings of the whole batch are computed first
     without a graph, the loss gives their gradient, and each micro-batch is computed again and back-propagated from it:
     exact, at the cost of one more forward pass; but a ResNet's BatchNorms see one micro-batch at a time. Source: Gao et
     al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache), RepL4NLP 2021.
     """
+    student: CLIP = getattr(model, "module", model)  # type: ignore[assignment]
     chunks = _micro_batches(inputs, config)
-    if len(chunks) == 1:
+    leaves = gates
+    if len(chunks) > 1 and gates is not None:
+        leaves = gates.map(lambda gate: gate.detach().requires_grad_())
+
+    def embed(module: nn.Module, rows: slice) -> tuple[Tensor, Tensor]:
         with _autocast(student.device, config):
-            pixels, tokens_BL, length_B = _to(inputs, student.device)
-            image_BE, text_BE = student(pixels, tokens_BL, gates, length_B)
-        loss, terms = loss_of(image_BE, text_BE)
+            pixels, tokens_BL, length_B, seen_Bn = _to(inputs[rows], student.device)
+            return module(pixels, tokens_BL, leaves, length_B, seen_Bn)
+
+    if len(chunks) == 1:
+        loss, terms = loss_of(*embed(model, chunks[0]), student.scale)
         loss.backward()
         return loss.detach(), terms
-
-    leaves = None if gates is None else gates.map(lambda gate: gate.detach().requires_grad_())
-
-    def embed(rows: slice) -> tuple[Tensor, Tensor]:
-        with _autocast(student.device, config):
-            pixels, tokens_BL, length_B = _to(inputs[rows], student.device)
-            return student(pixels, tokens_BL, leaves, length_B)
-
     with torch.no_grad(), frozen_statistics(student):
-        parts = [embed(rows) for rows in chunks]
+        parts = [embed(student, rows) for rows in chunks]
     image_BE, text_BE = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
-    loss, terms = loss_of(image_BE, text_BE)
+    scale = student.scale.detach().requires_grad_()
+    loss, terms = loss_of(image_BE, text_BE, scale)
     loss.backward()
     for rows in chunks:
-        torch.autograd.backward(embed(rows), (image_BE.grad[rows], text_BE.grad[rows]))  # type: ignore[index]
+        last = rows is chunks[-1]
+        with nullcontext() if last else unsynchronised(model):
+            outputs, grads = list(embed(model, rows)), [image_BE.grad[rows], text_BE.grad[rows]]  # type: ignore[index]
+            if last and scale.grad is not None:  # once
+                outputs, grads = [*outputs, student.scale], [*grads, scale.grad]
+            torch.autograd.backward(outputs, grads)
     if gates is not None and leaves is not None:
         pairs = [(z, leaf.grad) for z, leaf in zip(gates.flat(), leaves.flat(), strict=True) if leaf.grad is not None]
         torch.autograd.backward([z for z, _ in pairs], [grad for _, grad in pairs])
@@ -393,13 +487,14 @@ def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def _to(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, token ids, and on the CPU how many of these each row has; a copy to a GPU runs beside its work."""
+def _to(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Pixels, token ids, on the CPU how many of these each row has, patches; a copy to a GPU runs beside its work."""
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    return moved(inputs.pixels), moved(inputs.tokens), lengths(inputs.tokens)
+    seen = None if inputs.seen is None else moved(inputs.seen)
+    return moved(inputs.pixels), moved(inputs.tokens), lengths(inputs.tokens), seen
 
 
 @contextmanager
@@ -419,3 +514,5 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if requests:  # after the last step had begun: the caller's to answer
+        signal.raise_signal(requests[0])

@@ -24,7 +24,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from PIL import Image
 
-from tinyclip.data.sources import BadItem, Shards, Source, decode, index_tar, one_line, open_source
+from tinyclip.data.decode import BadItem, decode, one_line
+from tinyclip.data.shards import Tars
+from tinyclip.data.sources import Source, open_source
 from tinyclip.evaluate.embed import texts_of
 from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES
 from tinyclip.formats.files import read_json
@@ -181,11 +183,8 @@ class Table(Pairs):
         return decode(lambda: cell["bytes"] or Path(cell["path"]).read_bytes())
 
 
-class NumberedShards(Shards):
+class NumberedShards(Tars):
     """Shards whose samples have a class number (.cls), or one flag for each class (.npy), in place of texts."""
-
-    def __init__(self, name: str, shards: Iterable[Path]) -> None:
-        self.name, self._samples = name, [sample for shard in shards for sample in index_tar(shard)]
 
     def captions(self, index: int) -> Sequence[str]:
         return ()
@@ -196,7 +195,7 @@ class NumberedShards(Shards):
     def number(self, index: int) -> int:
         """Raises ValueError for a sample without one."""
         try:
-            return int(self._read(index, "cls"))
+            return int(self.read(index, "cls"))
         except KeyError:
             raise ValueError(f"{self.key(index)}: expected a class number in .cls, found no such file") from None
         except ValueError:
@@ -205,7 +204,7 @@ class NumberedShards(Shards):
     def numbers(self, index: int) -> tuple[int, ...]:
         """Those whose flag is not 0. Raises ValueError where there are none."""
         try:
-            flags = np.load(io.BytesIO(self._read(index, "npy")), allow_pickle=False)
+            flags = np.load(io.BytesIO(self.read(index, "npy")), allow_pickle=False)
             return tuple(np.flatnonzero(flags).tolist())
         except (KeyError, ValueError, OSError, EOFError) as error:
             raise ValueError(f"{self.key(index)}: expected the classes in .npy: {one_line(error)}") from None

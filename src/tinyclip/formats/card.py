@@ -63,7 +63,9 @@ def record_of(model: str | Path) -> Record:
     teacher_scores = read_json(file)["scores"] if (file := run_dir / "teacher.json").is_file() else {}
     evaluation = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["evaluation"]
     data = {
-        kind: public(str(DataSpec.parse(evaluation[kind]))) for kind in ("retrieval", "zeroshot") if evaluation[kind]
+        kind: public(str(DataSpec.parse(evaluation[kind]).without_secrets()))
+        for kind in ("retrieval", "zeroshot")
+        if evaluation[kind]
     }
     return Record(results[name]["scores"], teacher_scores, data)
 

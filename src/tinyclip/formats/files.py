@@ -1,9 +1,15 @@
-"""What every format does with files: JSON that was expected, and directories that are whole or not there."""
+"""What every format does with files: JSON that was expected, and files and directories that are whole or not there.
+
+A process may be killed at any call here: what it wrote under another name is cleared away by the next one that writes
+in the same place.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,19 +51,89 @@ def validated(kind: type[M], settings: Any, where: str) -> M:
         raise ValueError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the system allows",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where the disk has no room for what the block writes, the OSError names `path`, whoever raised it."""
+    try:
+        yield
+    except Exception as error:
+        reason = NO_ROOM.get(_errno(error))
+        if reason is None:
+            raise
+        raise OSError(_errno(error), f"not written, {reason}; what was there before is intact", str(path)) from error
+
+
+def _errno(error: Exception) -> int:
+    """Of an OSError, or of what libraries in Rust (safetensors, tokenizers) raise in its place; 0 of any other."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    said = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
+    return int(said[1] or said[2]) if said else 0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: written beside its place, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with writing(path), unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
 @contextmanager
 def whole(directory: Path) -> Iterator[Path]:
     """A new directory beside `directory`; it takes its place, synced, when the block ends, and vanishes if it fails."""
+    _clear(directory)
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        yield unfinished
-        for path in [*unfinished.iterdir(), unfinished]:
-            _sync(path)
+        with writing(directory):
+            yield unfinished
+            for path in [*unfinished.iterdir(), unfinished]:
+                sync(path)
         _replace(directory, unfinished)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _clear(directory: Path) -> None:
+    """Away with what killed processes left of `directory`, or back in its place where that is now empty."""
+    if not directory.parent.is_dir():
+        return
+    for path in sorted(directory.parent.iterdir()):
+        left = re.fullmatch(rf"\.{re.escape(directory.name)}\.(\d+)\.(old|unfinished)", path.name)
+        if left is None or _is_another_process(int(left[1])):
+            continue
+        if left[2] == "old" and not directory.exists():
+            path.rename(directory)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_another_process(number: int) -> bool:
+    if number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _replace(directory: Path, finished: Path) -> None:
@@ -66,11 +142,11 @@ def _replace(directory: Path, finished: Path) -> None:
     if directory.exists():
         directory.rename(old)
     finished.rename(directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file or a directory's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

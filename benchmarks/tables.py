@@ -1,0 +1,103 @@
+"""Markdown tables of what the benchmarks printed, kept in `results/`; docs/generate.py writes them into RESULTS.md.
+
+A ratio is another's time over ours, measured in turns in one process: above 1, ours is faster. Where rounds were kept
+it is their median, with the least and the largest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(name: str) -> str:
+    """Where a benchmark ran, one sentence."""
+    here, *_ = _lines(name)
+    libraries = ", ".join(f"{key} {here[key]}" for key in ("torch", "open_clip") if key in here)
+    return f"{here['threads']} threads, {here['machine']}, {libraries}, fp32 products by {here['fp32 products']}."
+
+
+def step() -> Iterator[list[str]]:
+    yield ["case", "precision", "pairs", "official: s", "ours, stored: s", "ratio", "ours, live: s", "ratio"]
+    yield ["---", "---", *["---:"] * 6]
+    for row in _lines("step")[1:]:
+        seconds = row["seconds"]
+        times = (f"{seconds[name]:.2f}" for name in ("official", "stored", "live"))
+        official, stored, live = times
+        ratios = (_spread(row[f"official/{name}"]) for name in ("stored", "live"))
+        yield [row["case"], row["precision"], str(row["pairs"]), official, stored, next(ratios), live, next(ratios)]
+
+
+def step_open_clip() -> Iterator[list[str]]:
+    yield ["case", "precision", "open_clip: s", "ratio to ours, stored", "ratio to ours, live"]
+    yield ["---", "---", *["---:"] * 3]
+    for row in _lines("step")[1:]:
+        ratios = (_spread(row[f"open_clip/{name}"]) for name in ("stored", "live"))
+        yield [row["case"], row["precision"], f"{row['seconds']['open_clip']:.2f}", *ratios]
+
+
+def loss() -> Iterator[list[str]]:
+    yield ["pairs", "loss", "s", "ratio", "peak MB", "ratio", "gradient's error"]
+    yield ["---:", "---", *["---:"] * 5]
+    for row in _lines("loss")[1:]:
+        if "seconds" not in row:  # the largest size, of which the memory alone was measured
+            continue
+        numbers = (
+            f"{row['seconds']:.2f}",
+            f"{row['time_ratio']:.1f}",
+            f"{row['peak_mb']:,.0f}",
+            f"{row['memory_ratio']:.0f}",
+        )
+        yield [f"{row['pairs']:,}", row["contender"], *numbers, f"{row['gradient_error']:.0e}"]
+
+
+def inference() -> Iterator[list[str]]:
+    yield ["what", "contender", "s", "ratio of the first to it", "smallest cosine to the first"]
+    yield ["---", "---", *["---:"] * 3]
+    for row in _lines("inference")[1:]:
+        first, *others = row["seconds"]
+        yield [row["what"], first, f"{row['seconds'][first]:.3g}", "1", ""]
+        for other in others:
+            cosine = row.get(f"cosine of {other}", "")
+            yield ["", other, f"{row['seconds'][other]:.3g}", _spread(row[f"{first}/{other}"]), str(cosine)]
+
+
+def data() -> Iterator[list[str]]:
+    """One picture at a time; how far ours are from Pillow's, in levels of 255."""
+    ours, scaled = ("ratio", "levels: largest, mean"), ("`jpeg_side=224`: ratio", "levels: largest, mean")
+    yield ["JPEGs", "open_clip: a second", "ours: a second", *ours, *scaled]
+    yield ["---", *["---:"] * 6]
+    for row in _lines("data")[1:]:
+        if not row["what"].startswith("images of "):
+            continue
+        cells = [row["what"].removeprefix("images of "), *(f"{row['per_s'][name]:,}" for name in ("open_clip", "ours"))]
+        for name in ("ours", "ours, scaled"):
+            apart = row[f"{name}: levels from Pillow"]
+            cells += [_spread(row[f"open_clip/{name}"]), f"{apart['largest']}, {apart['mean']:.2g}"]
+        yield cells
+
+
+def data_batches() -> Iterator[list[str]]:
+    """Everything else that is read: each contender against the first of its row."""
+    yield ["what", "contender", "a second", "ratio to the first"]
+    yield ["---", "---", "---:", "---:"]
+    for row in _lines("data")[1:]:
+        first, *others = row["per_s"]
+        if row["what"].startswith("images of "):
+            continue
+        yield [row["what"], first, f"{row['per_s'][first]:,}", "1"]
+        for other in others:
+            yield ["", other, f"{row['per_s'][other]:,}", _spread(row[f"{first}/{other}"])]
+
+
+def _spread(ratio: list[float]) -> str:
+    median, least, largest = ratio
+    return f"{median:.2f} ({least:.2f} to {largest:.2f})"
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,79 @@
+"""A folder or a .zip of images, read in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from tinyclip.data.decode import BadItem
+
+MAX_BYTES = 2**28  # of one file inside an archive
+
+
+def check_size(size: int, what: str = "bytes") -> None:
+    """Raises BadItem for a file that is too large to be read."""
+    if size > MAX_BYTES:
+        raise BadItem(f"{size} {what}, the limit is {MAX_BYTES}")
+
+
+class Folder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __contains__(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def names(self) -> list[str]:
+        return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def version(self, names: Iterable[str]) -> Iterator[object]:
+        """What changes with the content of these files."""
+        yield self.path.resolve()
+        for name in names:
+            stat = (self.path / name).stat()
+            yield stat.st_size, stat.st_mtime_ns
+
+
+class Zip:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.names()
+        except BadZipFile as error:
+            raise ValueError(f"{path}: not a zip file, or damaged: {error}") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in _open_zip(self.path, os.getpid()).NameToInfo
+
+    def names(self) -> list[str]:
+        return _open_zip(self.path, os.getpid()).namelist()
+
+    def read(self, name: str) -> bytes:
+        archive = _open_zip(self.path, os.getpid())
+        check_size(archive.getinfo(name).file_size, "bytes unpacked")
+        return archive.read(name)
+
+    def version(self, names: Iterable[str]) -> Iterator[object]:
+        """What changes with the content of these files."""
+        stat = self.path.stat()
+        yield from (self.path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _open_zip(path: Path, process: int) -> ZipFile:
+    """A handle of this process's own: forked workers that shared one would move each other's file position."""
+    return ZipFile(path)
+
+
+def open_files(path: Path) -> Folder | Zip:
+    if path.suffix == ".zip":
+        return Zip(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder (or .zip, table .tsv/.csv/.parquet, shard .tar)")
+    return Folder(path)

@@ -1,0 +1,268 @@
+"""Tar files in WebDataset's layout, on disk or remote: indexed once, then read by offset.
+
+A sample is an image and, under the same base name, a .txt caption and/or a .json object of fields. The first opening
+reads the headers of every shard (a remote one is downloaded for it, into the bounded cache); the index is kept, and is
+good as long as the shard's size and time (remote: what its server says of its version) stay the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from braceexpand import braceexpand
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
+
+from tinyclip.data.cache import digest, remembered
+from tinyclip.data.decode import BadItem, decode, one_line
+from tinyclip.data.files import check_size
+from tinyclip.data.flags import flags_in
+from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, transfer_of
+from tinyclip.data.spec import DataSpec, is_remote
+from tinyclip.data.texts import Words
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+WINDOW_SHARDS = 8
+INDEX_VERSION = 1
+REMEMBERED_BYTES = 2**22  # a smaller shard on disk is not worth a file: its scan takes some 0.04 s
+
+
+class Index(NamedTuple):
+    """What lies where in one shard."""
+
+    keys: list[str]  # of samples with an image
+    extensions: list[str]
+    offsets: np.ndarray  # int64 [samples, extensions], bytes
+    sizes: np.ndarray  # int64 [samples, extensions], bytes; -1 where the sample has no such file
+    shard_bytes: int
+    left_out: dict[str, int]
+
+
+class Local(NamedTuple):
+    """A shard on disk, as it was when the set was opened."""
+
+    where: str
+    size: int  # bytes
+    modified_ns: int
+
+    @property
+    def name(self) -> str:
+        """Of its index."""
+        return digest(Path(self.where).resolve(), self.size, self.modified_ns)
+
+
+class Tars:
+    """Samples of several tar files, by number. Of a sample, `read` gives the file of any extension.
+
+    `left_out` counts what is ignored. Raises ValueError for a shard that is missing, damaged or cut short.
+    """
+
+    jpeg_side: int | None = None  # set by open_source
+
+    def __init__(
+        self,
+        name: str,
+        shards: Iterable[str | Path],
+        transfer: Transfer | None = None,
+        *,
+        window: int = WINDOW_SHARDS,
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.transfer, self.window = name, transfer, window
+        self.shards: list[Local | Remote] = []
+        self.indexes: list[Index] = []
+        self._open([str(shard) for shard in shards], limit)
+        self.left_out = dict(sum((Counter(index.left_out) for index in self.indexes), Counter()))
+        self.first = np.concatenate([[0], np.cumsum([len(index.keys) for index in self.indexes])])  # sample of a shard
+        self.first = self.first if limit is None else np.minimum(self.first, limit)
+
+    def _open(self, shards: list[str], limit: int | None) -> None:
+        """Several at a time; no more than `limit` samples need."""
+        pool = ThreadPoolExecutor(NUM_THREADS)
+        step = NUM_THREADS if limit is not None else max(len(shards), 1)
+        try:
+            for start in range(0, len(shards), step):
+                self.shards += pool.map(self._described, shards[start : start + step])
+                if self.transfer is not None:
+                    sizes = [shard.size or 0 for shard in self.shards if isinstance(shard, Remote)]
+                    check_room(self.name, sizes, self.window, self.transfer)
+                self.indexes += pool.map(self._index, self.shards[start:])
+                if limit is not None and sum(len(index.keys) for index in self.indexes) >= limit:
+                    break
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _described(self, shard: str) -> Local | Remote:
+        return describe(shard, self.transfer) if self.transfer is not None else _local(shard)
+
+    def _index(self, shard: Local | Remote) -> Index:
+        if isinstance(shard, Local) and shard.size < REMEMBERED_BYTES:
+            found = self._scan(shard)
+        else:
+            found = remembered(digest("tar", INDEX_VERSION, shard.name), lambda: self._scan(shard))
+        shape = (-1, max(len(found["extensions"]), 1))
+        places = {field: np.array(found[field], np.int64).reshape(shape) for field in ("offsets", "sizes")}
+        return Index(**{**found, **places})
+
+    def _scan(self, shard: Local | Remote) -> dict[str, Any]:
+        with self._opened(shard) as file:
+            return scan_tar(file, shard.where)
+
+    def _opened(self, shard: Local | Remote) -> Any:
+        if isinstance(shard, Local):
+            return open(shard.where, "rb")
+        assert self.transfer is not None, "remote shards come with it"
+        return shard.opened(self.transfer)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def key(self, index: int) -> str:
+        shard, row = self._at(index)
+        return f"{self.shards[shard].where}/{self.indexes[shard].keys[row]}"
+
+    def image(self, index: int) -> Image.Image:
+        data = self.encoded(index)  # a shard that cannot be fetched is no bad item
+        return decode(lambda: data, self.jpeg_side)
+
+    def encoded(self, index: int) -> bytes:
+        """The image's file. Raises BadItem, and ValueError for a shard that cannot be fetched."""
+        shard, row = self._at(index)
+        sizes = self.indexes[shard].sizes[row]
+        known = {extension for extension, size in zip(self.indexes[shard].extensions, sizes, strict=True) if size >= 0}
+        return self.read(index, next(extension for extension in EXTENSIONS if extension in known))
+
+    def read(self, index: int, extension: str) -> bytes:
+        """Raises KeyError where the sample has no such file, ValueError where the shard is another than it was."""
+        shard, row = self._at(index)
+        own = self.indexes[shard]
+        if extension not in own.extensions or own.sizes[row, column := own.extensions.index(extension)] < 0:
+            raise KeyError(extension)
+        check_size(int(own.sizes[row, column]))
+        try:
+            with self._opened(self.shards[shard]) as file:
+                if not _is_as_indexed(file, self.shards[shard], own):
+                    raise ValueError(f"{self.key(index)}: its shard has changed since it was indexed")
+                return os.pread(file.fileno(), int(own.sizes[row, column]), int(own.offsets[row, column]))
+        except OSError as error:
+            raise BadItem(one_line(error)) from None
+
+    def _at(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.first, index, side="right")) - 1
+        return shard, index - int(self.first[shard])
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        return None if self.transfer is None else self.first
+
+    def expect(self, groups: Sequence[int]) -> None:
+        assert self.transfer is not None, "only remote shards are groups"
+        remotes = [shard for number in groups if isinstance(shard := self.shards[number], Remote)]
+        ahead().want(self.name, [(shard.name, partial(shard.fetch, self.transfer)) for shard in remotes])
+
+    def version(self) -> str:
+        """Changes with the content."""
+        return digest(*(shard.name for shard in self.shards), *(index.shard_bytes for index in self.indexes))
+
+
+def _local(path: str) -> Local:
+    stat = os.stat(path)
+    return Local(path, stat.st_size, stat.st_mtime_ns)
+
+
+def _is_as_indexed(file: BinaryIO, shard: Local | Remote, index: Index) -> bool:
+    stat = os.fstat(file.fileno())
+    return stat.st_size == index.shard_bytes and (isinstance(shard, Remote) or stat.st_mtime_ns == shard.modified_ns)
+
+
+class Shards(Tars):
+    """Tars whose samples have captions and labels in a .txt or .json."""
+
+    def __init__(self, spec: DataSpec, paths: Sequence[str] | None = None) -> None:
+        paths = list(braceexpand(spec.path)) if paths is None else paths
+        remote = is_remote(spec.path) or any(map(is_remote, paths))
+        transfer = transfer_of(spec) if remote else None
+        super().__init__(spec.path, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
+        if not len(self):
+            raise ValueError(f"{spec.path}: no images")
+        self._words = Words(spec, list(self._row(0)))
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self._words.captions(self._row(index))
+
+    def label(self, index: int) -> tuple[str, ...] | None:
+        return self._words.label(self._row(index))
+
+    def flags(self, index: int) -> dict[str, Any]:
+        return flags_in(self._row(index))
+
+    def _row(self, index: int) -> dict[str, Any]:
+        """The sample's fields: those of its .json, and 'txt'."""
+        shard, number = self._at(index)
+        own = self.indexes[shard]
+        present = {name for name, size in zip(own.extensions, own.sizes[number], strict=True) if size >= 0}
+        data = {name: self.read(index, name) for name in ("json", "txt") if name in present}
+        row: dict[str, Any] = {}
+        try:
+            if "json" in data:
+                row |= json.loads(data["json"])
+            if "txt" in data:
+                row["txt"] = data["txt"].decode()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadItem(f"cannot read the text of {own.keys[number]}: {one_line(error)}") from None
+        return row
+
+
+def scan_tar(file: Any, name: str) -> dict[str, Any]:
+    """The fields of an Index, as JSON holds them. Headers only.
+
+    Links, devices, sparse files and names that are not plain are ignored, and counted. Raises ValueError unless the
+    archive reaches its end mark: tarfile alone would accept one cut between members.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    left_out: Counter[str] = Counter()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if reason := _reason_to_ignore(member):
+                    left_out[reason] += 1
+                    continue
+                key, extension = base_plus_ext(member.name)
+                if key and extension and member.isreg():
+                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise ValueError(f"{name}: not an uncompressed tar, or cut short: {error}") from None
+    if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+        raise ValueError(f"{name}: damaged or cut short: no end mark at byte {end}")
+    with_image = {key: files for key, files in samples.items() if not files.keys().isdisjoint(EXTENSIONS)}
+    extensions = sorted({extension for files in with_image.values() for extension in files})
+    places = [[files.get(extension, (-1, -1)) for extension in extensions] for files in with_image.values()]
+    return {
+        "keys": list(with_image),
+        "extensions": extensions,
+        "offsets": [[offset for offset, _ in row] for row in places],
+        "sizes": [[size for _, size in row] for row in places],
+        "shard_bytes": os.fstat(file.fileno()).st_size,
+        "left_out": dict(left_out),
+    }
+
+
+def _reason_to_ignore(member: tarfile.TarInfo) -> str | None:
+    if member.issym() or member.islnk():
+        return "links in a tar"
+    if member.issparse() or not (member.isreg() or member.isdir()):
+        return "devices and sparse files in a tar"
+    name = member.name
+    if not name.isprintable() or name.startswith("/") or ".." in name.split("/"):
+        return "unsafe names in a tar"
+    return None

@@ -1,0 +1,154 @@
+"""Tables and class folders: a list of images and their texts, beside a folder or .zip that holds the images."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from tinyclip.data.cache import digest
+from tinyclip.data.decode import decode
+from tinyclip.data.files import Folder, Zip, open_files
+from tinyclip.data.flags import flags_in
+from tinyclip.data.shards import EXTENSIONS
+from tinyclip.data.spec import DataSpec
+from tinyclip.data.texts import Words, joined
+
+IMAGE_COLUMNS = ("file", "filepath", "image", "filename", "path")
+Row = Mapping[str, Any]
+
+
+class Item(NamedTuple):
+    key: str  # the image's path inside the folder or zip
+    captions: Sequence[str]
+    label: tuple[str, ...] | None
+    flags: Mapping[str, Any]  # of the first row
+
+
+class Listed:
+    """Images of a folder or zip, with the texts that a table or the class folders give them."""
+
+    jpeg_side: int | None = None  # set by open_source
+
+    def __init__(self, name: str, files: Folder | Zip, items: list[Item]) -> None:
+        self.name, self.files, self.items = name, files, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def key(self, index: int) -> str:
+        return self.items[index].key
+
+    def image(self, index: int) -> Image.Image:
+        return decode(lambda: self.encoded(index), self.jpeg_side)
+
+    def encoded(self, index: int) -> bytes:
+        """The image's file."""
+        return self.files.read(self.items[index].key)
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.items[index].captions
+
+    def label(self, index: int) -> tuple[str, ...] | None:
+        return self.items[index].label
+
+    def flags(self, index: int) -> Mapping[str, Any]:
+        return self.items[index].flags
+
+    def version(self) -> str:
+        """Changes with the content."""
+        return digest(*self.items, *self.files.version(item.key for item in self.items))
+
+
+def open_table(spec: DataSpec) -> Listed:
+    """A .tsv or .csv with a header. The delimiter is a tab if the header holds one; cells may be quoted as in CSV."""
+    path = Path(spec.path)
+    columns, rows = _read_table(path)
+    files = open_files(path.parent / (spec.images or ""))
+    return listed(spec, files, columns, rows, image_column(spec, columns))
+
+
+def open_folders(spec: DataSpec) -> Listed:
+    """A folder or .zip whose images lie in folders named after their class: a table with the columns file and label."""
+    files = open_files(Path(spec.path))
+    rows = [
+        {"file": name, "label": path.parent.name}
+        for name in sorted(files.names())
+        if (path := PurePosixPath(name)).suffix[1:].lower() in EXTENSIONS
+        and path.parent.name
+        and not path.name.startswith(".")
+    ]
+    return listed(spec.model_copy(update={"label": "label"}), files, ["file", "label"], rows, "file")
+
+
+def image_column(spec: DataSpec, columns: Sequence[str]) -> str:
+    image = spec.image or next((name for name in IMAGE_COLUMNS if name in columns), None)
+    if image is None or image not in columns:
+        known = ", ".join(columns)
+        raise ValueError(f"{spec.path}: no image column {image or ' or '.join(IMAGE_COLUMNS)}; it has {known}")
+    return image
+
+
+def listed(spec: DataSpec, files: Folder | Zip, columns: Sequence[str], rows: Iterable[Row], image: str) -> Listed:
+    """Rows that name the same image are one item."""
+    words = Words(spec, columns)
+    keep = row_filter(spec.where, columns, spec.path)
+    by_image: dict[str, list[Row]] = {}
+    for row in filter(keep, rows):
+        by_image.setdefault(row[image], []).append(row)
+    items = [
+        Item(key, joined([words.captions(row) for row in same]), words.label(same[0]), flags_in(same[0]))
+        for key, same in list(by_image.items())[: spec.limit]
+    ]
+    require_images(len(items), spec)
+    if missing := [item.key for item in items if item.key not in files]:
+        raise FileNotFoundError(
+            f"{spec.path}: {len(missing)} of {len(items)} images are not in {files.path}; the first is {missing[0]!r}"
+        )
+    return Listed(spec.path, files, items)
+
+
+def require_images(num_images: int, spec: DataSpec) -> None:
+    if not num_images:
+        raise ValueError(f"{spec.path}: no images" + (f" where {spec.where}" if spec.where else ""))
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        line = 1
+        try:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            columns, rows = next(reader, []), []
+            for cells in reader:
+                line = reader.line_num
+                if cells and len(cells) != len(columns):
+                    raise ValueError(f"expected {len(columns)} cells, as in the header, got {len(cells)}")
+                if cells:
+                    rows.append(dict(zip(columns, cells, strict=True)))
+        except (csv.Error, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            raise ValueError(f"{path}: near line {line}: {error}") from None
+    if not columns:
+        raise ValueError(f"{path}: empty, expected a header line")
+    return columns, rows
+
+
+def conditions(where: str | None, columns: Sequence[str], table: str) -> list[tuple[str, str, bool]]:
+    """'split=train;style!=noto' as (column, value, whether it is to be equal)."""
+    found = []
+    for text in where.split(";") if where else ():
+        column, equals, value = text.partition("=")
+        name = column.removesuffix("!")
+        if not equals or name not in columns:
+            raise ValueError(f"{table}: where {text!r}: expected column=value, columns are {', '.join(columns)}")
+        found.append((name, value, not column.endswith("!")))
+    return found
+
+
+def row_filter(where: str | None, columns: Sequence[str], table: str) -> Callable[[Row], bool]:
+    wanted = conditions(where, columns, table)
+    return lambda row: all((str(row[name]) == value) is equal for name, value, equal in wanted)

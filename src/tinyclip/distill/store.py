@@ -1,0 +1,315 @@
+"""Teachers asked once: embeddings of every caption and of some crops (`views`) of every image, on disk.
+
+A caption's embedding is exact, since the teacher is deterministic. A crop is a function of its image's key and the
+view's number (`tinyclip.data.loader`), so the student is shown later what the teacher saw.
+
+    STORE/store.json            what it holds: the teacher, its preprocessing and tokenizer, the crops, the precision
+    STORE/000000.safetensors    the first ITEMS items of the data, memory-mapped; 000001.safetensors the next, ...
+
+A part is written whole, so building goes on where it was cut off; processes take turns with parts and need not talk;
+and where data has grown, parts are added. Every item's key is stored as a hash, and looked up with it.
+
+Shape legend: n items of a part, v views, m captions of a part, T teacher embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinyclip.config import Config, changes
+from tinyclip.data.loader import PairLoader, Visit, in_order, view_random
+from tinyclip.data.sources import BadItem, Source
+from tinyclip.distill.metrics import Display
+from tinyclip.distill.teacher import Teacher
+from tinyclip.distributed import ALONE, World
+from tinyclip.formats.files import sync, write_text, writing
+from tinyclip.model import unit
+from tinyclip.tokenizer import Tokenizer
+
+ITEMS = 4096  # of a part
+READ_AT_ONCE = 64  # items
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class StoreConfig(Config):
+    """Where the teacher's embeddings are kept, and how many of them."""
+
+    path: str | None = Field(default=None, description="a directory, which runs may share; default: in the run")
+    views: int = Field(default=1, gt=0, description="crops of each image, which epochs take in turn")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp16", description="on disk; of 16 bits, fp16 is the more precise for unit vectors"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the teacher's products")
+    batch_size: int = Field(default=256, gt=0, description="crops or captions that the teacher embeds at once")
+
+
+class Stored:
+    """A teacher's embeddings instead of the teacher. `views` is the number of crops of each image."""
+
+    def __init__(self, directory: Path, teacher: Teacher, views: int):
+        self.directory, self.views = directory, views
+        self.name, self.embed_dim, self.scale = teacher.name, teacher.embed_dim, teacher.scale
+        self._parts: dict[int, _Part] = {}
+
+    def embeddings(self, keys: Sequence[str], visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
+        """Unit fp32 embeddings [B, T] of the visited crops and captions, on the CPU.
+
+        Raises ValueError for an item that is not the one that was stored, or could not be read then.
+        """
+        found = [self._part(visit.index // ITEMS).find(key, visit) for key, visit in zip(keys, visits, strict=True)]
+        image_BT, text_BT = (torch.stack(side) for side in zip(*found, strict=True))
+        if image_BT.dtype == torch.float32:
+            return image_BT, text_BT
+        return unit(image_BT.float()), unit(text_BT.float())
+
+    def _part(self, number: int) -> _Part:
+        if number not in self._parts:
+            self._parts[number] = _Part(self.directory / _name(number))
+        return self._parts[number]
+
+
+class _Part:
+    """One file: `key` [n], `first` [n + 1] (where an item's captions begin), `image` [n, v, T], `text` [m, T]."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.tensors: Mapping[str, Tensor] = load_file(path)  # maps the file; rows are read when they are used
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path}: not a part of a teacher store, or damaged ({error}); delete it to build it anew"
+            ) from None
+
+    def find(self, key: str, visit: Visit) -> tuple[Tensor, Tensor]:
+        """The embeddings [T] of one crop and one caption."""
+        row, first = visit.index % ITEMS, self.tensors["first"]
+        stored = int(self.tensors["key"][row]) if row < len(self) else None
+        if stored != hash_of(key):
+            why = "could not be read when it was built" if stored == UNREADABLE else "is not the one it was built with"
+            raise ValueError(f"{self.path}: {key} {why}; use another store, or delete this part to build it anew")
+        start, end = first[row : row + 2].tolist()
+        if visit.caption >= end - start:
+            raise ValueError(f"{self.path}: {key} had {end - start} captions when it was built, asked for one more")
+        return self.tensors["image"][row, visit.view], self.tensors["text"][start + visit.caption]
+
+    def __len__(self) -> int:
+        return len(self.tensors["key"])
+
+
+UNREADABLE = 0  # as an item's key
+
+
+def hash_of(key: str) -> int:
+    """63 bits, never UNREADABLE."""
+    return 1 + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % (2**63 - 1)
+
+
+def _name(part: int) -> str:
+    return f"{part:06d}.safetensors"
+
+
+def store_teacher(
+    teacher: Teacher,
+    source: Source,
+    config: StoreConfig,
+    directory: Path,
+    *,
+    crop_scale: tuple[float, float],
+    workers: int = 0,
+    world: World = ALONE,
+    say: Callable[[str], None] = print,
+) -> Stored:
+    """Embed what `directory` does not hold yet; what is there is used.
+
+    Raises ValueError where it holds another teacher's embeddings, other crops or other data.
+    """
+    asked = _Asked(teacher, source, config, crop_scale)
+    world.on_main(_claim, directory, asked.holds())
+    missing = world.on_main(asked.missing, directory)
+    started, done = time.perf_counter(), 0
+    mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
+    title = f"asking {teacher.name}"
+    display = Display(title, 0, sum(len(asked.items(part)) for part in mine)) if world.is_main and mine else None
+    for part in mine:
+        embedded = []
+        for few in asked.embed(part, workers):
+            embedded.append(few)
+            done += len(few.keys)
+            if display is not None:
+                display.advance(done, done / (time.perf_counter() - started))
+        if world.is_main or not teacher.sharded:
+            asked.write(directory / _name(part), embedded)
+    if display is not None:
+        display.close()
+    world.barrier()
+    if missing:
+        seconds = time.perf_counter() - started
+        rate = sum(len(asked.items(part)) for part in missing) / seconds
+        size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        say(
+            f"teacher store: {len(source):,} images, {size / 1e6:,.1f} MB, {size / len(source):,.0f} bytes each; "
+            f"{rate:,.1f} images/s, so that every epoch saves about {len(source) / rate / config.views:,.0f} s"
+        )
+    return Stored(directory, teacher, config.views)
+
+
+def _claim(directory: Path, holds: dict[str, Any]) -> None:
+    path = directory / "store.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged, expected what a teacher store holds ({error})") from None
+        if changed := changes(before | {"teacher": ""}, holds | {"teacher": ""}):  # names of one teacher may differ
+            raise ValueError(f"{directory} holds other embeddings; changed: {changed}; use another store.path")
+        return
+    if directory.exists() and any(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory}: expected a new directory or a teacher store, found parts without store.json")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(holds, indent=2))
+
+
+class _Items(NamedTuple):
+    """What is embedded of a few items: those that can be read."""
+
+    keys: list[int]
+    num_captions: list[int]
+    pixels: Tensor | None  # uint8 [readable items * v, 3, S, S]
+    captions: list[str]
+
+
+class _Embedded(NamedTuple):
+    keys: list[int]
+    num_captions: list[int]
+    image_nvT: Tensor
+    text_mT: Tensor
+
+
+class _Asked:
+    """One teacher, one data set, one way to crop."""
+
+    def __init__(self, teacher: Teacher, source: Source, config: StoreConfig, crop_scale: tuple[float, float]):
+        self.teacher, self.source, self.config = teacher, source, config
+        self.loader = PairLoader(source, [teacher.reader], batch_size=2, seed=0, crop_scale=crop_scale)
+        self.num_parts = math.ceil(len(source) / ITEMS)
+
+    def holds(self) -> dict[str, Any]:
+        """What tells this store from another one."""
+        tokenizer = self.teacher.tokenizer
+        texts = ["a photo of a cat", "Zwölf Boxkämpfer jagen Viktor.", "10 $ & ...", "long " * 100]
+        ids = tokenizer(texts)
+        return {
+            "format": 1,
+            "teacher": self.teacher.name,
+            "weights": self._weights,
+            "preprocess": repr(self.teacher.preprocess),
+            "tokenizer": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+            "captions_are_cut": isinstance(tokenizer, Tokenizer),
+            "crop_scale": list(self.loader.crop_scale),
+            "views": self.config.views,
+            "dtype": self.config.dtype,
+            "precision": self.config.precision,
+            "items_per_part": ITEMS,
+        }
+
+    @cached_property
+    def _weights(self) -> str:
+        """A sha256 over names, shapes and values."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.teacher.model.state_dict().items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def items(self, part: int) -> range:
+        return range(part * ITEMS, min((part + 1) * ITEMS, len(self.source)))
+
+    def missing(self, directory: Path) -> list[int]:
+        """The parts that are not there, or have fewer items. Raises ValueError where one is of other data."""
+        return [part for part in range(self.num_parts) if not self._is_whole(directory, part)]
+
+    def _is_whole(self, directory: Path, part: int) -> bool:
+        path = directory / _name(part)
+        if not path.exists():
+            return False
+        stored, items = _Part(path), self.items(part)
+        for row in {0, min(len(stored), len(items)) - 1}:
+            key = self.source.key(items[row])
+            if int(stored.tensors["key"][row]) not in (hash_of(key), UNREADABLE):
+                raise ValueError(f"{path}: built with other data: item {items[row]} was not {key}; use another store")
+        return len(stored) >= len(items)
+
+    def embed(self, part: int, workers: int) -> Iterator[_Embedded]:
+        """The part's items, a few at a time."""
+        items = self.items(part)
+        for read in in_order(self.read, range(items.start, items.stop, READ_AT_ONCE), workers):
+            yield _Embedded(read.keys, read.num_captions, self._images(read), self._texts(read.captions))
+
+    def write(self, path: Path, embedded: Sequence[_Embedded]) -> None:
+        dtype = DTYPES[self.config.dtype]
+        counts = [count for few in embedded for count in few.num_captions]
+        tensors = {
+            "key": torch.tensor([key for few in embedded for key in few.keys]),
+            "first": torch.tensor([0, *counts]).cumsum(0),
+            "image": torch.cat([few.image_nvT for few in embedded]).to(dtype),
+            "text": torch.cat([few.text_mT for few in embedded]).to(dtype),
+        }
+        unfinished = path.with_suffix(".tmp")
+        with writing(path):
+            save_file(tensors, unfinished)
+            sync(unfinished)
+            unfinished.replace(path)
+        sync(path.parent)
+
+    def read(self, start: int) -> _Items:
+        """A few items of one part."""
+        keys, counts, pixels, captions = [], [], [], []
+        for index in range(start, min(start + READ_AT_ONCE, self.items(start // ITEMS).stop)):
+            key = self.source.key(index)
+            try:
+                texts = list(self.source.captions(index))
+                views = [self.loader.picture(index, view_random(key, view))[0] for view in range(self.config.views)]
+            except BadItem:
+                keys.append(UNREADABLE)
+                counts.append(0)
+                continue
+            keys.append(hash_of(key))
+            counts.append(len(texts))
+            pixels += views
+            captions += texts
+        return _Items(keys, counts, torch.stack(pixels) if pixels else None, captions)
+
+    def _images(self, read: _Items) -> Tensor:
+        """[items, v, T]; zeros for those that cannot be read."""
+        embedded = torch.zeros(len(read.keys), self.config.views, self.teacher.embed_dim)
+        if read.pixels is not None:
+            parts = read.pixels.split(self.config.batch_size)
+            with self._precision():
+                rows = [self.teacher.encode_image(x.to(self.teacher.device), normalize=True).cpu() for x in parts]
+            embedded[torch.tensor(read.keys) != UNREADABLE] = torch.cat(rows).unflatten(0, (-1, self.config.views))
+        return embedded
+
+    def _texts(self, captions: list[str]) -> Tensor:
+        """[captions, T]."""
+        size = self.config.batch_size
+        chunks = [captions[start : start + size] for start in range(0, len(captions), size)]
+        with self._precision():
+            rows = [self.teacher.encode_text(chunk, normalize=True).cpu() for chunk in chunks]
+        return torch.cat([torch.zeros(0, self.teacher.embed_dim), *rows])
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")

@@ -1,0 +1,238 @@
+"""A stored teacher says what the live one says, to the stored precision; a store is whole, its own, and continues."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distill.test_train import tiny_clip
+from tests.test_compress import DATA, phase, teacher_recipe
+from tinyclip.compress import compress, embed
+from tinyclip.data.loader import PairLoader
+from tinyclip.data.sources import open_source
+from tinyclip.distill import store as store_module
+from tinyclip.distill.objective import Objective, total_loss
+from tinyclip.distill.store import StoreConfig, store_teacher
+from tinyclip.distill.teacher import load_teacher
+from tinyclip.distill.train import DataConfig, train
+from tinyclip.distributed import World
+from tinyclip.formats import checkpoint
+from tinyclip.recipe import Recipe, Stage
+from tinyclip.shrink.inherit import Inherit
+
+SOURCE = open_source("scenes?count=37")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Four parts of 37 items, the last one short; read in threes, embedded in fives."""
+    monkeypatch.setattr(store_module, "ITEMS", 10)
+    monkeypatch.setattr(store_module, "READ_AT_ONCE", 3)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return load_teacher(str(checkpoint.save(tiny_clip(), tmp_path_factory.mktemp("teacher") / "model")))
+
+
+def build(teacher, directory, source=SOURCE, crop_scale=(0.5, 1.0), world=None, workers=0, **settings):
+    config = StoreConfig(**({"views": 2, "dtype": "fp32", "batch_size": 5} | settings))
+    how = {} if world is None else {"world": world}
+    return store_teacher(
+        teacher, source, config, directory, crop_scale=crop_scale, workers=workers, say=lambda _: None, **how
+    )
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 2e-6), ("fp16", 1e-3), ("bf16", 8e-3)])
+def test_stored_embeddings_are_those_of_the_crops_and_captions_that_a_batch_holds(teacher, tmp_path, dtype, tolerance):
+    stored = build(teacher, tmp_path / "store", dtype=dtype)
+    loader = PairLoader(SOURCE, [teacher.reader], batch_size=9, seed=5, crop_scale=(0.5, 1.0), views=stored.views)
+    seen = set()
+    for step in range(12):  # three epochs: the third takes the first view again
+        batch = loader.batch(step)
+        expected = teacher.embed(batch.inputs[0].pixels, batch.inputs[0].tokens)
+        for rows, true in zip(stored.embeddings(batch.keys, batch.visits), expected, strict=True):
+            torch.testing.assert_close(rows, true, rtol=0, atol=tolerance)
+            torch.testing.assert_close(rows.norm(dim=-1), torch.ones(9), rtol=0, atol=1e-6)
+        seen |= {visit.view for visit in batch.visits}
+    assert seen == {0, 1}
+
+
+def test_a_student_of_the_store_is_the_student_of_the_live_teacher(teacher, tmp_path):
+    """Whole pictures, so that both see the same; the KL of every step, and the weights."""
+    data = DataConfig(train=DATA.train, crop_scale=(1.0, 1.0))
+    source = open_source(data.train)
+    stored = build(teacher, tmp_path / "store", source, crop_scale=(1.0, 1.0), views=1)
+    students = []
+    for name, taught_by in (("live", teacher), ("store", stored)):
+        students.append(tiny_clip(seed=1))
+        train(students[-1], source, data, phase(6, lr=1e-3), tmp_path / name, teachers=[taught_by])
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("live", "store")]
+    for live, store in zip(*logs, strict=True):
+        assert json.loads(live)["affinity_kl"] == pytest.approx(json.loads(store)["affinity_kl"], rel=5e-6)
+    for (name, live), store in zip(students[0].named_parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(store, live, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_store_in_pieces_is_the_store_at_once(teacher, tmp_path):
+    """Killed after two parts, with another's leftovers; by two processes; with workers; from data that grew."""
+    whole = build(teacher, tmp_path / "whole")
+    expected = content(whole.directory)
+    assert sorted(expected) == [*(f"{part:06d}.safetensors" for part in range(4)), "store.json"]
+
+    child = os.fork()
+    if child == 0:
+        written = iter(range(2))
+        save = store_module.save_file
+        store_module.save_file = lambda *args: (
+            save(*args) if next(written, None) is not None else os.kill(os.getpid(), 9)
+        )
+        build(teacher, tmp_path / "killed")
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (tmp_path / "killed" / "000002.tmp").write_bytes(b"half a part")
+    before = (tmp_path / "killed" / "000001.safetensors").stat().st_mtime_ns
+    build(teacher, tmp_path / "killed")
+    assert content(tmp_path / "killed") == expected
+    assert (tmp_path / "killed" / "000001.safetensors").stat().st_mtime_ns == before
+
+    for rank in (1, 0):  # no process waits for another while it embeds
+        build(teacher, tmp_path / "ranks", world=Apart(rank, 2))
+    assert content(tmp_path / "ranks") == expected
+    build(teacher, tmp_path / "workers", workers=2)
+    assert content(tmp_path / "workers") == expected
+    build(teacher, tmp_path / "grown", open_source("scenes?count=25"))
+    build(teacher, tmp_path / "grown")
+    assert content(tmp_path / "grown") == expected
+
+
+class Apart(World):
+    """One of several processes, whose meetings are not waited for."""
+
+    def on_main(self, work, *args, **settings):
+        return work(*args, **settings)
+
+    def barrier(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"views": 3}, "views: 2 -> 3"),
+        ({"dtype": "fp16"}, "dtype: fp32 -> fp16"),
+        ({"crop_scale": (0.9, 1.0)}, r"crop_scale.0: 0.5 -> 0.9"),
+        ({"source": open_source("scenes?count=37&seed=1&split=heldout")}, "built with other data: item 0 was not"),
+    ],
+)
+def test_a_store_of_something_else_is_refused(teacher, tmp_path, change, said):
+    build(teacher, tmp_path / "store")
+    with pytest.raises(ValueError, match=said):
+        build(teacher, tmp_path / "store", **change)
+
+
+def test_a_store_of_another_teacher_is_refused_but_its_name_may_change(teacher, tmp_path):
+    build(teacher, tmp_path / "store")
+    moved = load_teacher(str(checkpoint.save(tiny_clip(), tmp_path / "moved")))
+    build(moved, tmp_path / "store")
+    other = load_teacher(str(checkpoint.save(tiny_clip(seed=3), tmp_path / "other")))
+    with pytest.raises(ValueError, match="holds other embeddings; changed: weights"):
+        build(other, tmp_path / "store")
+
+
+def test_an_item_that_is_not_the_stored_one_is_refused(teacher, tmp_path):
+    stored = build(teacher, tmp_path / "store")
+    loader = PairLoader(SOURCE, [teacher.reader], batch_size=9, seed=5, views=2)
+    batch = loader.batch(0)
+    with pytest.raises(ValueError, match="renamed is not the one it was built with"):
+        stored.embeddings(["renamed", *batch.keys[1:]], batch.visits)
+    with pytest.raises(ValueError, match=r"had \d+ captions when it was built"):
+        stored.embeddings(batch.keys, [visit._replace(caption=99) for visit in batch.visits])
+
+
+def test_a_damaged_part_is_named(teacher, tmp_path):
+    build(teacher, tmp_path / "store")
+    part = tmp_path / "store" / "000001.safetensors"
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"000001\.safetensors: not a part of a teacher store, or damaged"):
+        build(teacher, tmp_path / "store")
+
+
+def test_an_item_that_cannot_be_read_is_left_out_of_both(teacher, tmp_path):
+    from PIL import Image
+
+    rows = ["file\tcaption"]
+    for number in range(12):
+        file = tmp_path / f"{number}.png"
+        if number == 4:
+            file.write_bytes(b"no image")
+        else:
+            Image.new("RGB", (40, 40), (number * 20, 0, 0)).save(file)
+        rows.append(f"{number}.png\tnumber {number}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(rows))
+    source = open_source(str(tmp_path / "pairs.tsv"))
+    stored = build(teacher, tmp_path / "store", source)
+    batch = PairLoader(source, [teacher.reader], batch_size=12, seed=0, crop_scale=(0.5, 1.0), views=2).batch(0)
+    assert len(batch.keys) == 11 and stored.embeddings(batch.keys, batch.visits)[0].shape == (11, 12)
+    Image.new("RGB", (40, 40)).save(tmp_path / "4.png")
+    batch = PairLoader(source, [teacher.reader], batch_size=12, seed=0, crop_scale=(0.5, 1.0), views=2).batch(0)
+    with pytest.raises(ValueError, match=r"4\.png could not be read when it was built"):
+        stored.embeddings(batch.keys, batch.visits)
+
+
+def test_a_recipe_with_a_store_trains_from_it_and_embed_makes_it_first(tmp_path, capsys):
+    run = tmp_path / "teacher"
+    compress(teacher_recipe(), run, say=lambda _: None)
+    stage = Stage(name="rule", shrink=Inherit(keep_params=0.5), distill=phase(3))
+    recipe = Recipe(teacher=str(run), data=DATA, stages=(stage,), store=StoreConfig(views=2))
+    lines = []
+    assert embed(recipe, tmp_path / "run", say=lines.append) == tmp_path / "run" / "teacher-store"
+    assert "64 images" in lines[0] and "bytes each" in lines[0]
+    compress(recipe, tmp_path / "run", say=lines.append)
+    assert sum(line.startswith("teacher store:") for line in lines) == 1  # made once
+    part = load_file(tmp_path / "run" / "teacher-store" / "000000.safetensors")
+    assert part["image"].shape == (10, 2, 16) and part["image"].dtype == torch.float16
+    without = Recipe(teacher=str(run), data=DATA, stages=(stage,))
+    with pytest.raises(ValueError, match=r"expected a recipe with a teacher and a store, for example by --set"):
+        embed(without, tmp_path / "without")
+
+
+def test_an_ensembles_target_is_the_mean_of_affinities_not_of_features():
+    """CE to the mean of two teachers' rows, built here as matrices, is what the two losses average to."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(size):
+        return torch.nn.functional.normalize(torch.randn(5, size, generator=generator, dtype=torch.float64), dim=-1)
+
+    image, text = rows(4), rows(4)
+    targets = [(rows(6), rows(6), 20.0), (rows(3), rows(3), 50.0)]
+    objective = Objective(student_scale=10.0, teacher_scale="teacher")
+    loss, _ = total_loss(objective, image, text, torch.tensor(1.0), targets, None)
+    student = 10 * image @ text.T
+    expected = 0.0
+    for transpose in (False, True):
+        scores = [scale * teacher @ caption.T for teacher, caption, scale in targets]
+        mean = sum((s.T if transpose else s).softmax(-1) for s in scores) / 2
+        expected += torch.nn.functional.cross_entropy(student.T if transpose else student, mean) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_an_ensemble_runs_live_and_from_stores(tmp_path):
+    names = [str(checkpoint.save(tiny_clip(seed), tmp_path / f"teacher-{seed}")) for seed in (0, 1)]
+    stage = Stage(name="rule", shrink=Inherit(keep_params=0.5), distill=phase(2))
+    data = DATA.model_copy(update={"crop_scale": (1.0, 1.0)})
+    ensemble = Recipe(teacher=names[0], more_teachers=(names[1],), data=data, stages=(stage,))
+    kl = {}
+    for how, store in (("live", None), ("store", StoreConfig(dtype="fp32"))):
+        compress(ensemble.model_copy(update={"store": store}), tmp_path / how, say=lambda _: None)
+        lines = (tmp_path / how / "0-rule/distill/metrics.jsonl").read_text().splitlines()
+        kl[how] = [json.loads(line)["affinity_kl"] for line in lines]
+    assert kl["live"] == pytest.approx(kl["store"], abs=1e-5)
+    assert (tmp_path / "store/teacher-store/teacher-2/000000.safetensors").exists()

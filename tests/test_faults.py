@@ -1,0 +1,40 @@
+"""Kill anywhere: runs that were stopped at random points of every phase end with the bytes of one that never was.
+
+tests/soak.py is the injector; here it strikes few times, with a fixed seed. `make soak` strikes hundreds of times.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAULTS = 30
+
+
+@pytest.fixture(scope="module")
+def report():
+    """From a process of its own: one that forks must not have trained, as autograd's threads do not survive that."""
+    command = [sys.executable, "-m", "tests.soak", "--faults", str(FAULTS), "--seed", "1", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_stopped_runs_leave_the_bytes_of_an_undisturbed_one(report):
+    assert report["wrong"] == []
+    assert len(report["struck"]) == FAULTS
+
+
+def test_the_faults_were_spread_over_phases_and_kinds(report):
+    phases = Counter(entry["phase"] for entry in report["struck"])
+    assert {"masks", "distill", "evaluation", "saving", "between"} <= phases.keys()
+    kinds = Counter(entry["kind"] for entry in report["struck"])
+    assert kinds["kill"] >= 15 and {"term", "ctrl-c", "full disk", "damage"} <= kinds.keys()
+    assert {entry["variant"] for entry in report["struck"]} == {"masks", "workers", "scratch"}
