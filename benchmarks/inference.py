@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import open_clip
 import torch
@@ -129,16 +130,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="four classes, two rounds")
+    parser.add_argument("--only", nargs="+", choices=("classifier", "images", "masks"))
     options = parser.parse_args()
     prepare(options.threads, open_clip=open_clip.__version__)
     rounds, num_classes = (2, 4) if options.quick else (options.rounds, options.classes)
-    for name, contenders in (
-        (f"classifier of {num_classes} classes x 80 prompts", classifiers(num_classes)),
-        ("32 images", image_encoders(32)),
-        ("1 image", image_encoders(1)),
-    ):
-        print(json.dumps(measure(name, contenders, rounds)), flush=True)
-    print(json.dumps(measure("mask-learning step, 32 pairs", mask_steps(32), rounds, compare=False)), flush=True)
+    cases: dict[str, list[tuple[str, Callable[[], Contenders]]]] = {
+        "classifier": [(f"classifier of {num_classes} classes x 80 prompts", partial(classifiers, num_classes))],
+        "images": [("32 images", partial(image_encoders, 32)), ("1 image", partial(image_encoders, 1))],
+        "masks": [("mask-learning step, 32 pairs", partial(mask_steps, 32))],
+    }
+    for what in options.only or cases:
+        for name, contenders in cases[what]:
+            print(json.dumps(measure(name, contenders(), rounds, compare=what != "masks")), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
 from tinyclip.recipe import Recipe, Stage
-from tinyclip.run import results
+from tinyclip.run import claim, exclusive, results
 from tinyclip.shrink.inherit import Inherit
 from tinyclip.shrink.masks import LearnMasks
 from tinyclip.start import Like, Scratch
@@ -190,3 +190,12 @@ def test_bad_pairs_are_counted_in_the_line_of_a_stage_and_named_in_a_file(tmp_pa
         line["key"] for line in map(json.loads, (run / "0-train/distill/skipped.jsonl").read_text().splitlines())
     }
     assert skipped == "broken.png" and "bad pairs skipped" in lines[-1]
+
+
+def test_two_calls_do_not_work_on_one_run(teacher, tmp_path):
+    recipe = student_recipe(teacher)
+    with pytest.raises(ValueError, match="run: another process is working on this run"):
+        claim(tmp_path / "run", recipe.model_dump(mode="json"))
+        with exclusive(tmp_path / "run"):
+            compress(recipe, tmp_path / "run", say=lambda _: None)
+    assert not (tmp_path / "run" / "start.json").exists()

@@ -271,3 +271,25 @@ def test_compiled_towers_compute_the_same_and_are_compiled_once(monkeypatch):
         torch.compiler.set_stance("default")
     compiled.set_compiled(False)
     assert compiled.image._compiled_call_impl is None
+
+
+def test_a_vit_that_sees_all_patches_in_any_order_sees_the_picture():
+    model = random_model(small()).double()
+    pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[1, 2, 49], [3, 49, 0], [4, 5, 49]])
+    orders = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(row)) for row in range(3)])
+    whole, shuffled = model(pixels, tokens)[0], model(pixels, tokens, seen_Bn=orders)[0]
+    torch.testing.assert_close(shuffled, whole, rtol=0, atol=1e-12)
+
+
+def test_what_lies_in_a_dropped_patch_is_not_seen():
+    """Patch 5 of a 4 x 4 grid is row 1, column 1: pixels 4 to 7."""
+    model = random_model(small()).double()
+    pixels = torch.randn(1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    changed = pixels.clone()
+    changed[:, :, 4:8, 4:8] += 1
+    tokens = torch.tensor([[1, 2, 49]])
+    without = torch.tensor([[patch for patch in range(16) if patch != 5]])
+    assert torch.equal(model(pixels, tokens, seen_Bn=without)[0], model(changed, tokens, seen_Bn=without)[0])
+    alone = torch.tensor([[5]])
+    assert not torch.allclose(model(pixels, tokens, seen_Bn=alone)[0], model(changed, tokens, seen_Bn=alone)[0])

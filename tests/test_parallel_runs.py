@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.test_compress import DATA, phase, student_recipe, teacher_recipe
 from tinyclip.compress import compress
 from tinyclip.distill.objective import Objective
+from tinyclip.distill.store import StoreConfig
 from tinyclip.distill.train import DataConfig
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.shrink.inherit import Inherit
@@ -144,7 +145,8 @@ def test_a_run_continues_on_another_number_of_processes(teacher, alone, tmp_path
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
+    assert f"continue with: torchrun --nproc-per-node=2 -m tinyclip compress {tmp_path}" in err
     compress(recipe(teacher), tmp_path / "run", say=lambda _: None)
     assert [line["step"] for line in lines(tmp_path, "0-auto/masks")] == list(range(4))
     for name, weight in weights(alone).items():
@@ -174,13 +176,18 @@ def test_bad_pairs_of_every_process_are_counted_and_named(teacher, tmp_path):
     assert lines(tmp_path, "0-only/distill")[-1]["skipped_pairs"] == 4
 
 
-def test_a_teacher_split_over_processes_teaches_the_same(teacher, tmp_path):
+def test_a_teacher_split_over_processes_teaches_the_same_live_and_stored(teacher, tmp_path):
+    """Whole pictures, so that a stored teacher has seen the same."""
     stage = Stage(name="rule", shrink=Inherit(keep_params=0.5), distill=phase(4).model_copy(update={"batch_size": 7}))
-    whole = Recipe(teacher=str(teacher), data=DATA, stages=(stage,), evaluation=student_recipe(teacher).evaluation)
-    finish(launch(2, whole, tmp_path / "whole"))
-    finish(launch(2, whole.model_copy(update={"shard_teacher": True}), tmp_path / "split"))
-    for name, weight in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weights(tmp_path / "split")[name], weight, rtol=0, atol=1e-4, msg=name)
+    data = DATA.model_copy(update={"crop_scale": (1.0, 1.0)})
+    whole = Recipe(teacher=str(teacher), data=data, stages=(stage,), evaluation=student_recipe(teacher).evaluation)
+    split = whole.model_copy(update={"shard_teacher": True})
+    stored = split.model_copy(update={"store": StoreConfig(dtype="fp32")})
+    compress(whole, tmp_path / "whole" / "run", say=lambda _: None)
+    for name, recipe_of in (("split", split), ("stored", stored)):
+        finish(launch(2, recipe_of, tmp_path / name))
+        for weight_name, weight in weights(tmp_path / "whole").items():
+            torch.testing.assert_close(weights(tmp_path / name)[weight_name], weight, rtol=0, atol=1e-4, msg=name)
     scores = [json.loads((tmp_path / how / "run/teacher.json").read_text())["scores"] for how in ("whole", "split")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 

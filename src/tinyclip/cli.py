@@ -99,7 +99,7 @@ def embed(
 
     Needs `store` in the recipe, as in --set store.views=4. Without it `compress` runs the teachers at every visit.
     """
-    from tinyclip.compress import embed
+    from tinyclip.embed import embed
     from tinyclip.recipes import load_recipe
 
     settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
@@ -537,7 +537,7 @@ def _end(stop: Stopped | Interrupted) -> NoReturn:
     """One line, and the exit status: a run that can be continued has done nothing wrong when it ends by SIGTERM."""
     from tinyclip.run import command
 
-    is_run = bool({"compress", "train", "demo"} & set(sys.argv[1:3]))
+    is_run = bool({"compress", "embed", "train", "demo"} & set(sys.argv[1:3]))
     if os.environ.get("RANK", "0") == "0":
         print(f"tinyclip: {stop}{'; continue with: ' + command() if is_run else ''}", file=sys.stderr)
     sys.exit(0 if is_run and stop.signal_number == signal.SIGTERM else 128 + stop.signal_number)

@@ -19,10 +19,11 @@ from tinyclip import run
 from tinyclip.check import check_data, check_rules
 from tinyclip.data.sources import Source, left_out, open_source
 from tinyclip.device import pick_device, use_fast_cpu_products
-from tinyclip.distill.store import Stored, store_teacher
+from tinyclip.distill.store import Stored
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.distill.train import Masking, TrainConfig, train
 from tinyclip.distributed import ALONE, World
+from tinyclip.embed import stored
 from tinyclip.evaluate.scores import evaluate
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
@@ -58,73 +59,51 @@ def compress(
     say = say if world.is_main else _nothing
     for reason, count in left_out(source).items():
         say(f"{source.name}: {count:,} left out: {reason}")
+    setup = Setup(recipe, source, teachers, student.config.prunable_params, say, world)
     world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
-    world.on_main(run.record_start, run_dir, student)
-    if teachers and not world.on_main(run.has_teacher, run_dir):
-        asked = (teachers[0], recipe.evaluation)
-        scores = evaluate(*asked) if recipe.shard_teacher else world.on_main(evaluate, *asked)
-        world.on_main(run.record_teacher, run_dir, teachers[0], scores)
-    taught_by = stored(teachers, source, recipe, run_dir, say=say, world=world) if recipe.store else teachers
-    setup = Setup(recipe, source, taught_by, student.config.prunable_params, say, world)
-    for index, stage in enumerate(recipe.stages):
-        stage_dir = run_dir / f"{index}-{stage.name}"
-        if world.on_main(run.is_complete, stage_dir):
-            say(f"{stage_dir.name}: complete")
-            student = checkpoint.load(stage_dir, device=str(device))
-            continue
-        with run.recorded(run_dir, stage_dir.name, device, world):
-            seed = recipe.seed * 1000 + 2 * index
-            student = shrink(student, stage, stage_dir, setup, seed)
-            outcome = train(
-                student,
-                source,
-                recipe.data,
-                stage.distill,
-                stage_dir / "distill",
-                teachers=taught_by,
-                seed=seed + 1,
-                evaluate=lambda model: evaluate(model, recipe.evaluation),
-                world=world,
-            )
-            scores = world.on_main(evaluate, student, recipe.evaluation)
-            result = world.on_main(run.complete, stage_dir, student, outcome, scores)
-        say(f"{stage_dir.name}: {run.summary(result)}")
-    return world.on_main(run.finish, run_dir, student)
+    with run.exclusive(run_dir, world):
+        world.on_main(run.record_start, run_dir, student)
+        record_teacher(teachers, run_dir, setup)
+        if recipe.store is not None:
+            setup = setup._replace(teachers=stored(teachers, source, recipe, run_dir, say=say, world=world))
+        for index, stage in enumerate(recipe.stages):
+            stage_dir = run_dir / f"{index}-{stage.name}"
+            student = run_stage(student, stage, stage_dir, setup, seed=recipe.seed * 1000 + 2 * index)
+        return world.on_main(run.finish, run_dir, student)
 
 
-def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, world: World = ALONE) -> Path:
-    """Store the teachers' embeddings of the recipe's data where `compress` will look for them; returns the directory.
+def run_stage(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, *, seed: int) -> CLIP:
+    """The student that the stage makes of its predecessor; loaded where the stage is complete."""
+    recipe, world = setup.recipe, setup.world
+    if world.on_main(run.is_complete, stage_dir):
+        setup.say(f"{stage_dir.name}: complete")
+        return checkpoint.load(stage_dir, device=str(student.device))
+    with run.recorded(stage_dir.parent, stage_dir.name, student.device, world):
+        student = shrink(student, stage, stage_dir, setup, seed)
+        outcome = train(
+            student,
+            setup.source,
+            recipe.data,
+            stage.distill,
+            stage_dir / "distill",
+            teachers=setup.teachers,
+            seed=seed + 1,
+            evaluate=lambda model: evaluate(model, recipe.evaluation),
+            world=world,
+        )
+        scores = world.on_main(evaluate, student, recipe.evaluation)
+        result = world.on_main(run.complete, stage_dir, student, outcome, scores)
+    setup.say(f"{stage_dir.name}: {run.summary(result)}")
+    return student
 
-    Raises ValueError for a recipe without a store.
-    """
-    if recipe.store is None or not recipe.teachers:
-        raise ValueError("expected a recipe with a teacher and a store, for example by --set store.views=1")
-    world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
-    use_fast_cpu_products()
-    device = pick_device(recipe.device)
-    teachers = [load_teacher(teacher) for teacher in recipe.teachers]
-    teachers = [teacher.shard(world, device) if recipe.shard_teacher else teacher.to(device) for teacher in teachers]
-    return stored(teachers, open_source(recipe.data.train), recipe, run_dir, say=say, world=world)[0].directory
 
-
-def stored(
-    teachers: Sequence[Teacher],
-    source: Source,
-    recipe: Recipe,
-    run_dir: Path,
-    *,
-    say: Callable[[str], None] = print,
-    world: World = ALONE,
-) -> list[Stored]:
-    """Each teacher's embeddings of the recipe's data, made where they are not there yet."""
-    assert recipe.store is not None, "asked for by the caller"
-    path = Path(recipe.store.path) if recipe.store.path else run_dir / "teacher-store"
-    how = {"crop_scale": recipe.data.crop_scale, "workers": recipe.data.workers, "say": say, "world": world}
-    places = [path if number == 0 else path / f"teacher-{number + 1}" for number in range(len(teachers))]
-    return [
-        store_teacher(teacher, source, recipe.store, place, **how)
-        for teacher, place in zip(teachers, places, strict=True)
-    ]
+def record_teacher(teachers: Sequence[Teacher], run_dir: Path, setup: Setup) -> None:
+    """Score the first teacher, once: it is what students are held against."""
+    if not teachers or setup.world.on_main(run.has_teacher, run_dir):
+        return
+    asked = (teachers[0], setup.recipe.evaluation)
+    scores = evaluate(*asked) if teachers[0].sharded else setup.world.on_main(evaluate, *asked)
+    setup.world.on_main(run.record_teacher, run_dir, teachers[0], scores)
 
 
 def _nothing(_line: str) -> None:

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -239,6 +240,11 @@ def shard(module: nn.Module, world: World, device: torch.device, methods: Method
         for name in (name for kind, names in methods.items() if isinstance(part, kind) for name in names):
             register_fsdp_forward_method(part, name)
     module.to(device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that `shard` split, for which all processes ask at once; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unsynchronised(module: nn.Module) -> AbstractContextManager[None]:

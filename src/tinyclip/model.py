@@ -308,8 +308,8 @@ class Block(nn.Module):
         gate_H: Tensor | None = None,
         gate_F: Tensor | None = None,
     ) -> Tensor:
-        x_BLD = x_BLD + _gated(self.attention(x_BLD, width_D, gate_H), width_D)
-        return x_BLD + _gated(self.ffn(x_BLD, width_D, gate_F), width_D)
+        x_BLD = _add(x_BLD, self.attention(x_BLD, width_D, gate_H), width_D)
+        return _add(x_BLD, self.ffn(x_BLD, width_D, gate_F), width_D)
 
     def read(
         self,
@@ -320,8 +320,8 @@ class Block(nn.Module):
         gate_F: Tensor | None = None,
     ) -> Tensor:
         """`forward` at one position of each row, [B, D]: of the last block nothing else is used."""
-        x_B1D = _rows(x_BLD, at_B[:, None]) + _gated(self.attention.read(x_BLD, at_B, width_D, gate_H), width_D)
-        return (x_B1D + _gated(self.ffn(x_B1D, width_D, gate_F), width_D))[:, 0]
+        x_B1D = _add(_rows(x_BLD, at_B[:, None]), self.attention.read(x_BLD, at_B, width_D, gate_H), width_D)
+        return _add(x_B1D, self.ffn(x_B1D, width_D, gate_F), width_D)[:, 0]
 
 
 def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
@@ -329,8 +329,9 @@ def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
     return x_BLD.gather(1, at_Bn[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
 
 
-def _gated(y: Tensor, width_D: Tensor | None) -> Tensor:
-    return y if width_D is None else y * width_D.to(y.dtype)
+def _add(x_BLD: Tensor, y: Tensor, width_D: Tensor | None) -> Tensor:
+    """x + y, of which the width gate lets a part through."""
+    return x_BLD + y if width_D is None else torch.addcmul(x_BLD, y, width_D.to(y.dtype))
 
 
 class Tower(nn.Module):

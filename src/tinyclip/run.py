@@ -1,6 +1,7 @@
 """What a run leaves on disk, and how a second call finds it again.
 
 RUN/recipe.yaml         the resolved recipe; a run continues only under the same one
+RUN/.lock               held while a call works on the run
 RUN/start.json          the shape of the model that the first stage cuts
 RUN/calls.jsonl         by which command and on what machine each stage was worked on, and for how long
 RUN/teacher.json        the teacher's scores and cost
@@ -13,6 +14,7 @@ RUN/model/              the last stage's model
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from tinyclip import __version__
 from tinyclip.config import changes
@@ -56,6 +59,26 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> None:
     if run_dir.exists() and (not run_dir.is_dir() or any(p.name != f".{path.name}.tmp" for p in run_dir.iterdir())):
         raise ValueError(f"{run_dir}: expected a new directory or a run to continue, found neither (no recipe.yaml)")
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+@contextmanager
+def exclusive(run_dir: Path, world: World = ALONE) -> Iterator[None]:
+    """Keeps other calls away from the run; the lock ends with the process, however that ends.
+
+    Raises ValueError where another call holds it.
+    """
+    if not world.is_main:
+        yield
+        return
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{run_dir}: another process is working on this run") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def has_teacher(run_dir: Path) -> bool:
@@ -104,8 +127,10 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
 def command() -> str:
     """The command of this process, as one would type it."""
     program = Path(sys.argv[0]) if sys.argv[0] else Path("python")
-    if program.name == "__main__.py":  # python -m PACKAGE
-        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
+    if program.name == "__main__.py":  # python -m PACKAGE, or torchrun -m PACKAGE
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
+        return shlex.join([*start, "-m", program.parent.name, *sys.argv[1:]])
     return shlex.join([program.name, *sys.argv[1:]])
 
 

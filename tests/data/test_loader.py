@@ -10,6 +10,7 @@ from PIL import Image
 from tinyclip.data.loader import EvalBatches, PairLoader, Reader, crop_box
 from tinyclip.data.scenes import Scenes
 from tinyclip.data.sources import BadItem, open_source
+from tinyclip.distributed import World
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
@@ -179,3 +180,30 @@ def test_real_photographs_load_in_workers_that_share_a_zip(shared, reader):
     source = open_source(f"{shared}/data/flickr8k-train/captions.tsv?images=images.zip&where=split=dev&limit=40")
     settings = dict(source=source, readers=[reader], batch_size=8, seed=0)
     assert_same(first(PairLoader(**settings, workers=2), 5), first(PairLoader(**settings), 5))
+
+
+def test_every_pair_is_seen_once_an_epoch_while_the_number_of_processes_changes(reader):
+    """12 steps of an epoch on 1, then 3, then 2, then 1 process; an odd batch, so that shares differ."""
+    source, seen = Scenes("train", 61), []
+    for step in range(12):
+        size = (1, 3, 2, 1)[step // 3]
+        loaders = [PairLoader(source, [reader], batch_size=5, seed=3, world=World(rank, size)) for rank in range(size)]
+        batches = [loader.batch(step) for loader in loaders]
+        alone = PairLoader(source, [reader], batch_size=5, seed=3).batch(step)
+        assert [key for batch in batches for key in batch.keys] == alone.keys
+        assert torch.equal(torch.cat([batch.inputs[0].pixels for batch in batches]), alone.inputs[0].pixels)
+        seen += alone.keys
+    assert len(set(seen)) == len(seen) == 60  # of 61: the last incomplete batch is left out
+
+
+def test_views_are_functions_of_the_key_and_the_views_number(reader):
+    """In another order and under another seed the same crops; epochs take them in turn."""
+    source, crops = Scenes("train", 6), {}
+    for seed in (0, 1):
+        loader = PairLoader(source, [reader], batch_size=6, seed=seed, crop_scale=(0.3, 1.0), views=2)
+        for epoch in range(4):
+            batch = loader.batch(epoch)
+            assert {visit.view for visit in batch.visits} == {epoch % 2}
+            for key, visit, pixels in zip(batch.keys, batch.visits, batch.inputs[0].pixels, strict=True):
+                assert torch.equal(crops.setdefault((key, visit.view), pixels), pixels)
+    assert len(crops) == 12 and not torch.equal(crops[source.key(0), 0], crops[source.key(0), 1])

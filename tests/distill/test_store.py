@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.distill.test_train import tiny_clip
 from tests.test_compress import DATA, phase, teacher_recipe
-from tinyclip.compress import compress, embed
+from tinyclip.compress import compress
 from tinyclip.data.loader import PairLoader
 from tinyclip.data.sources import open_source
 from tinyclip.distill import store as store_module
@@ -19,6 +19,7 @@ from tinyclip.distill.store import StoreConfig, store_teacher
 from tinyclip.distill.teacher import load_teacher
 from tinyclip.distill.train import DataConfig, train
 from tinyclip.distributed import World
+from tinyclip.embed import embed
 from tinyclip.formats import checkpoint
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.shrink.inherit import Inherit
@@ -76,7 +77,7 @@ def test_a_student_of_the_store_is_the_student_of_the_live_teacher(teacher, tmp_
         train(students[-1], source, data, phase(6, lr=1e-3), tmp_path / name, teachers=[taught_by])
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("live", "store")]
     for live, store in zip(*logs, strict=True):
-        assert json.loads(live)["affinity_kl"] == pytest.approx(json.loads(store)["affinity_kl"], rel=5e-6)
+        assert json.loads(live)["affinity_kl"] == pytest.approx(json.loads(store)["affinity_kl"], rel=2e-5)
     for (name, live), store in zip(students[0].named_parameters(), students[1].parameters(), strict=True):
         torch.testing.assert_close(store, live, rtol=0, atol=1e-4, msg=name)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.test_compress import CONTRASTIVE, DATA, phase
-from tinyclip.data.loader import Inputs
+from tinyclip.data.loader import Inputs, PairLoader, Reader
 from tinyclip.data.sources import open_source
 from tinyclip.distill.objective import total_loss
 from tinyclip.distill.teacher import load_teacher
-from tinyclip.distill.train import TrainConfig, _State, backward, train
+from tinyclip.distill.train import TrainConfig, _seen_patches, _State, backward, train
+from tinyclip.distributed import World
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
 from tinyclip.shrink.masks import HardConcreteGates
@@ -163,3 +164,36 @@ def test_bf16_keeps_similarities_and_weights_in_fp32(tmp_path):
         image_BE, text_BE = student(tiny_inputs().pixels, tiny_inputs().tokens)
     assert image_BE.dtype == text_BE.dtype == torch.float32
     torch.testing.assert_close(image_BE.norm(dim=-1), torch.ones(7), rtol=0, atol=1e-6)
+
+
+def test_dropped_patches_are_a_pairs_own_until_the_last_steps():
+    """Half of 4 patches, in 8 of 10 steps; whichever process reads the pair."""
+    student, config = tiny_clip(), TrainConfig(steps=10, image_tokens=0.5, whole_images=0.2)
+    loader = PairLoader(open_source(DATA.train), [Reader(student.preprocess, student.tokenizer)], batch_size=8, seed=0)
+    share = PairLoader(open_source(DATA.train), loader.readers, batch_size=8, seed=0, world=World(rank=1, size=2))
+    for step in range(10):
+        seen = _seen_patches(student, loader.batch(step), config, step, 10, seed=7)
+        if step >= 8:
+            assert seen is None
+            continue
+        assert seen.shape == (8, 2) and all(len(set(row)) == 2 and set(row) <= set(range(4)) for row in seen.tolist())
+        assert torch.equal(_seen_patches(student, share.batch(step), config, step, 10, seed=7), seen[4:])
+    assert _seen_patches(student, loader.batch(0), TrainConfig(steps=10), 0, 10, seed=7) is None
+
+
+def test_a_run_with_dropped_patches_learns(tmp_path):
+    teacher = load_teacher(str(checkpoint.save(tiny_clip(seed=0), tmp_path / "teacher")))
+    config = phase(40, lr=3e-3, image_tokens=0.5, micro_batch_size=3)
+    train(tiny_clip(seed=1), open_source(DATA.train), DATA, config, tmp_path / "run", teachers=[teacher])
+    kl = [json.loads(line)["affinity_kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(kl[-4:]) / 4 < 0.8 * sum(kl[:4]) / 4
+
+
+def test_a_resnet_has_no_patches_to_drop(tmp_path):
+    shape = Scratch(
+        embed_dim=12, image_size=32, image_width=8, image_layers=(1, 1, 1, 1),
+        text_width=16, text_layers=1, head_dim=8, context_length=20, vocabulary=620,
+    )  # fmt: skip
+    student = from_scratch(shape, open_source(DATA.train), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"image_tokens 0\.5: expected 1, since a ResNet's images have no tokens"):
+        train(student, open_source(DATA.train), DATA, phase(1, image_tokens=0.5, objective=CONTRASTIVE), tmp_path)

@@ -277,7 +277,7 @@ def _spread(found: Spread | None) -> str:
         return "none"
     if found.least == found.most:
         return f"{found.least:g}"
-    return f"{found.least:g} to {found.most:g}, median {found.median:g}, 90 % from {found.p5:g} to {found.p95:g}"
+    return f"{found.least:g} to {found.most:g}, median {found.median:g}, 90 % from {found.p5:.0f} to {found.p95:.0f}"
 
 
 def _flag(said: Mapping[str, Any]) -> str:

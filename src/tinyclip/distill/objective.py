@@ -13,7 +13,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tinyclip.config import Config
-from tinyclip.distill.affinity import affinity_and_contrastive_loss, affinity_loss, contrastive_loss, feature_loss
+from tinyclip.distill.affinity import (
+    Kernel,
+    affinity_and_contrastive_loss,
+    affinity_loss,
+    contrastive_loss,
+    feature_loss,
+)
 from tinyclip.distributed import ALONE, World
 
 Target = tuple[Tensor, Tensor, float]  # a teacher's image and text embeddings [B, T], and its own scale
@@ -30,6 +36,8 @@ class Objective(Config):
     feature: float = Field(default=0.0, ge=0, description="1 - cosine to the teacher's embeddings")
     student_scale: float | Literal["learned"] = Field(default=50.0, description="a number, or 'learned'")
     teacher_scale: float | Literal["teacher"] = Field(default=50.0, description="a number, or 'teacher': its own")
+
+    kernel: Kernel = Field(default="torch", description="what computes affinity and contrast; triton needs a GPU")
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> Self:
@@ -104,7 +112,7 @@ def _in_batch(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(contrastive, affinity, the teachers' entropy), None where not asked for; one pass gives all of a teacher."""
     contrastive, affinities, entropies = None, [], []
-    how: dict[str, Any] = {"world": world, "known_unit": True}
+    how: dict[str, Any] = {"world": world, "kernel": objective.kernel, "known_unit": True}
     student_scale = learned_scale if objective.student_scale == "learned" else float(objective.student_scale)
     for image_BT, text_BT, own_scale in targets if objective.affinity else ():
         teacher_scale = own_scale if objective.teacher_scale == "teacher" else float(objective.teacher_scale)

@@ -34,7 +34,7 @@ from tinyclip.data.loader import PairLoader, Visit, in_order, view_random
 from tinyclip.data.sources import BadItem, Source
 from tinyclip.distill.metrics import Display
 from tinyclip.distill.teacher import Teacher
-from tinyclip.distributed import ALONE, World
+from tinyclip.distributed import ALONE, World, whole
 from tinyclip.formats.files import sync, write_text, writing
 from tinyclip.model import unit
 from tinyclip.tokenizer import Tokenizer
@@ -230,9 +230,9 @@ class _Asked:
         """A sha256 over names, shapes and values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.teacher.model.state_dict().items()):
-            values = tensor.detach().cpu().contiguous()
+            values = whole(tensor).detach().cpu().contiguous()
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy())
+            digest.update(values.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def items(self, part: int) -> range:
