@@ -42,10 +42,11 @@ demo: install
 
 bench: install
 	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/loss.py
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/inference.py
-	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/loss.py > benchmarks/results/loss.jsonl
+	$(BIN)/python benchmarks/step.py > benchmarks/results/step.jsonl
+	$(BIN)/python benchmarks/inference.py > benchmarks/results/inference.jsonl
+	$(BIN)/python benchmarks/data.py > benchmarks/results/data.jsonl
+	$(BIN)/python docs/generate.py
 
 DATA ?= data
 evidence: install

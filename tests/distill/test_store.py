@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_stored_embeddings_are_those_of_the_crops_and_captions_that_a_batch_hold
     for step in range(12):  # three epochs: the third takes the first view again
         batch = loader.batch(step)
         expected = teacher.embed(batch.inputs[0].pixels, batch.inputs[0].tokens)
-        for rows, true in zip(stored.embeddings(batch.keys, batch.visits), expected, strict=True):
+        for rows, true in zip(stored.embeddings(batch), expected, strict=True):
             torch.testing.assert_close(rows, true, rtol=0, atol=tolerance)
             torch.testing.assert_close(rows.norm(dim=-1), torch.ones(9), rtol=0, atol=1e-6)
         seen |= {visit.view for visit in batch.visits}
@@ -72,14 +73,16 @@ def test_a_student_of_the_store_is_the_student_of_the_live_teacher(teacher, tmp_
     source = open_source(data.train)
     stored = build(teacher, tmp_path / "store", source, crop_scale=(1.0, 1.0), views=1)
     students = []
-    for name, taught_by in (("live", teacher), ("store", stored)):
+    for name, taught_by in (("live", teacher), ("store", stored), ("again", stored)):
         students.append(tiny_clip(seed=1))
         train(students[-1], source, data, phase(6, lr=1e-3), tmp_path / name, teachers=[taught_by])
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("live", "store")]
     for live, store in zip(*logs, strict=True):
         assert json.loads(live)["affinity_kl"] == pytest.approx(json.loads(store)["affinity_kl"], rel=2e-5)
-    for (name, live), store in zip(students[0].named_parameters(), students[1].parameters(), strict=True):
-        torch.testing.assert_close(store, live, rtol=0, atol=1e-4, msg=name)
+    live, store, again = (dict(student.named_parameters()) for student in students)
+    for name, weight in live.items():
+        torch.testing.assert_close(store[name], weight, rtol=0, atol=1e-4, msg=name)
+        assert torch.equal(store[name], again[name])
 
 
 def test_a_store_in_pieces_is_the_store_at_once(teacher, tmp_path):
@@ -152,10 +155,16 @@ def test_an_item_that_is_not_the_stored_one_is_refused(teacher, tmp_path):
     stored = build(teacher, tmp_path / "store")
     loader = PairLoader(SOURCE, [teacher.reader], batch_size=9, seed=5, views=2)
     batch = loader.batch(0)
-    with pytest.raises(ValueError, match="renamed is not the one it was built with"):
-        stored.embeddings(["renamed", *batch.keys[1:]], batch.visits)
-    with pytest.raises(ValueError, match=r"had \d+ captions when it was built"):
-        stored.embeddings(batch.keys, [visit._replace(caption=99) for visit in batch.visits])
+    for changed, said in (
+        ({"keys": ["renamed", *batch.keys[1:]]}, "renamed is not the one it was built with"),
+        (
+            {"captions": ["other words", *batch.captions[1:]]},
+            "did not have the caption 'other words' when it was built",
+        ),
+        ({"visits": [visit._replace(caption=99) for visit in batch.visits]}, "did not have the caption"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            stored.embeddings(replace(batch, **changed))
 
 
 def test_a_damaged_part_is_named(teacher, tmp_path):
@@ -181,11 +190,11 @@ def test_an_item_that_cannot_be_read_is_left_out_of_both(teacher, tmp_path):
     source = open_source(str(tmp_path / "pairs.tsv"))
     stored = build(teacher, tmp_path / "store", source)
     batch = PairLoader(source, [teacher.reader], batch_size=12, seed=0, crop_scale=(0.5, 1.0), views=2).batch(0)
-    assert len(batch.keys) == 11 and stored.embeddings(batch.keys, batch.visits)[0].shape == (11, 12)
+    assert len(batch.keys) == 11 and stored.embeddings(batch)[0].shape == (11, 12)
     Image.new("RGB", (40, 40)).save(tmp_path / "4.png")
     batch = PairLoader(source, [teacher.reader], batch_size=12, seed=0, crop_scale=(0.5, 1.0), views=2).batch(0)
     with pytest.raises(ValueError, match=r"4\.png could not be read when it was built"):
-        stored.embeddings(batch.keys, batch.visits)
+        stored.embeddings(batch)
 
 
 def test_a_recipe_with_a_store_trains_from_it_and_embed_makes_it_first(tmp_path, capsys):

@@ -65,6 +65,7 @@ class Visit(NamedTuple):
 @dataclass
 class Batch:
     keys: list[str]
+    captions: list[str]
     visits: list[Visit]
     inputs: tuple[Inputs, ...]  # one per reader; readers that agree hold the same tensor
     skipped: Skipped
@@ -157,7 +158,7 @@ class PairLoader:
         pixels = {i: stack([picture[i] for picture in pictures]) for i in set(self._pixels_from)}
         tokens = {i: _tokenize(self.readers[i].tokenizer, captions) for i in set(self._tokens_from)}
         inputs = tuple(Inputs(pixels[i], tokens[j]) for i, j in zip(self._pixels_from, self._tokens_from, strict=True))
-        return Batch(keys, visits, inputs, skipped)
+        return Batch(keys, captions, visits, inputs, skipped)
 
     def _visit(self, index: int, epoch: int) -> tuple[Visit, str, dict[int, Tensor]]:
         """A caption, and the picture as each distinct reader sees it, uint8 [3, S, S]."""

@@ -7,7 +7,7 @@ view's number (`tinyclip.data.loader`), so the student is shown later what the t
     STORE/000000.safetensors    the first ITEMS items of the data, memory-mapped; 000001.safetensors the next, ...
 
 A part is written whole, so building goes on where it was cut off; processes take turns with parts and need not talk;
-and where data has grown, parts are added. Every item's key is stored as a hash, and looked up with it.
+and where data has grown, parts are added. Hashes of keys and captions are stored too, and compared when looked up.
 
 Shape legend: n items of a part, v views, m captions of a part, T teacher embedding.
 """
@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyclip.config import Config, changes
-from tinyclip.data.loader import PairLoader, Visit, in_order, view_random
+from tinyclip.data.loader import Batch, PairLoader, Visit, in_order, view_random
 from tinyclip.data.sources import BadItem, Source
 from tinyclip.distill.metrics import Display
 from tinyclip.distill.teacher import Teacher
@@ -64,12 +64,13 @@ class Stored:
         self.name, self.embed_dim, self.scale = teacher.name, teacher.embed_dim, teacher.scale
         self._parts: dict[int, _Part] = {}
 
-    def embeddings(self, keys: Sequence[str], visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
-        """Unit fp32 embeddings [B, T] of the visited crops and captions, on the CPU.
+    def embeddings(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit fp32 embeddings [B, T] of the batch's crops and captions, on the CPU.
 
-        Raises ValueError for an item that is not the one that was stored, or could not be read then.
+        Raises ValueError for an item or a caption that is not the one that was stored, or could not be read then.
         """
-        found = [self._part(visit.index // ITEMS).find(key, visit) for key, visit in zip(keys, visits, strict=True)]
+        pairs = zip(batch.keys, batch.captions, batch.visits, strict=True)
+        found = [self._part(visit.index // ITEMS).find(key, caption, visit) for key, caption, visit in pairs]
         image_BT, text_BT = (torch.stack(side) for side in zip(*found, strict=True))
         if image_BT.dtype == torch.float32:
             return image_BT, text_BT
@@ -82,7 +83,8 @@ class Stored:
 
 
 class _Part:
-    """One file: `key` [n], `first` [n + 1] (where an item's captions begin), `image` [n, v, T], `text` [m, T]."""
+    """One file: `key` [n], `first` [n + 1] (where an item's captions begin), `caption` [m], `image` [n, v, T], `text`
+    [m, T]. Keys and captions are hashes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -93,17 +95,17 @@ class _Part:
                 f"{path}: not a part of a teacher store, or damaged ({error}); delete it to build it anew"
             ) from None
 
-    def find(self, key: str, visit: Visit) -> tuple[Tensor, Tensor]:
+    def find(self, key: str, caption: str, visit: Visit) -> tuple[Tensor, Tensor]:
         """The embeddings [T] of one crop and one caption."""
         row, first = visit.index % ITEMS, self.tensors["first"]
         stored = int(self.tensors["key"][row]) if row < len(self) else None
         if stored != hash_of(key):
             why = "could not be read when it was built" if stored == UNREADABLE else "is not the one it was built with"
             raise ValueError(f"{self.path}: {key} {why}; use another store, or delete this part to build it anew")
-        start, end = first[row : row + 2].tolist()
-        if visit.caption >= end - start:
-            raise ValueError(f"{self.path}: {key} had {end - start} captions when it was built, asked for one more")
-        return self.tensors["image"][row, visit.view], self.tensors["text"][start + visit.caption]
+        place, end = int(first[row]) + visit.caption, int(first[row + 1])
+        if place >= end or int(self.tensors["caption"][place]) != hash_of(caption):
+            raise ValueError(f"{self.path}: {key} did not have the caption {caption!r} when it was built")
+        return self.tensors["image"][row, visit.view], self.tensors["text"][place]
 
     def __len__(self) -> int:
         return len(self.tensors["key"])
@@ -112,9 +114,9 @@ class _Part:
 UNREADABLE = 0  # as an item's key
 
 
-def hash_of(key: str) -> int:
+def hash_of(text: str) -> int:
     """63 bits, never UNREADABLE."""
-    return 1 + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % (2**63 - 1)
+    return 1 + int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % (2**63 - 1)
 
 
 def _name(part: int) -> str:
@@ -194,6 +196,7 @@ class _Items(NamedTuple):
 class _Embedded(NamedTuple):
     keys: list[int]
     num_captions: list[int]
+    captions: list[int]
     image_nvT: Tensor
     text_mT: Tensor
 
@@ -256,8 +259,10 @@ class _Asked:
     def embed(self, part: int, workers: int) -> Iterator[_Embedded]:
         """The part's items, a few at a time."""
         items = self.items(part)
-        for read in in_order(self.read, range(items.start, items.stop, READ_AT_ONCE), workers):
-            yield _Embedded(read.keys, read.num_captions, self._images(read), self._texts(read.captions))
+        starts = range(items.start, items.stop, READ_AT_ONCE)
+        for read in in_order(partial(_read, self.loader, self.config.views), starts, workers):
+            captions = [hash_of(caption) for caption in read.captions]
+            yield _Embedded(read.keys, read.num_captions, captions, self._images(read), self._texts(read.captions))
 
     def write(self, path: Path, embedded: Sequence[_Embedded]) -> None:
         dtype = DTYPES[self.config.dtype]
@@ -265,6 +270,7 @@ class _Asked:
         tensors = {
             "key": torch.tensor([key for few in embedded for key in few.keys]),
             "first": torch.tensor([0, *counts]).cumsum(0),
+            "caption": torch.tensor([caption for few in embedded for caption in few.captions], dtype=torch.int64),
             "image": torch.cat([few.image_nvT for few in embedded]).to(dtype),
             "text": torch.cat([few.text_mT for few in embedded]).to(dtype),
         }
@@ -274,24 +280,6 @@ class _Asked:
             sync(unfinished)
             unfinished.replace(path)
         sync(path.parent)
-
-    def read(self, start: int) -> _Items:
-        """A few items of one part."""
-        keys, counts, pixels, captions = [], [], [], []
-        for index in range(start, min(start + READ_AT_ONCE, self.items(start // ITEMS).stop)):
-            key = self.source.key(index)
-            try:
-                texts = list(self.source.captions(index))
-                views = [self.loader.picture(index, view_random(key, view))[0] for view in range(self.config.views)]
-            except BadItem:
-                keys.append(UNREADABLE)
-                counts.append(0)
-                continue
-            keys.append(hash_of(key))
-            counts.append(len(texts))
-            pixels += views
-            captions += texts
-        return _Items(keys, counts, torch.stack(pixels) if pixels else None, captions)
 
     def _images(self, read: _Items) -> Tensor:
         """[items, v, T]; zeros for those that cannot be read."""
@@ -313,3 +301,23 @@ class _Asked:
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+def _read(loader: PairLoader, views: int, start: int) -> _Items:
+    """A few items of one part, from number `start` on."""
+    source = loader.source
+    keys, num_captions, pixels, captions = [], [], [], []
+    for index in range(start, min(start + READ_AT_ONCE, (start // ITEMS + 1) * ITEMS, len(source))):
+        key = source.key(index)
+        try:
+            texts = list(source.captions(index))
+            crops = [loader.picture(index, view_random(key, view))[0] for view in range(views)]
+        except BadItem:
+            keys.append(UNREADABLE)
+            num_captions.append(0)
+            continue
+        keys.append(hash_of(key))
+        num_captions.append(len(texts))
+        pixels += crops
+        captions += texts
+    return _Items(keys, num_captions, torch.stack(pixels) if pixels else None, captions)

@@ -409,7 +409,7 @@ def _targets(teachers: Sequence[Teacher | Stored], batch: Batch, config: TrainCo
     targets = []
     for teacher in teachers:
         if isinstance(teacher, Stored):
-            image_BT, text_BT = teacher.embeddings(batch.keys, batch.visits)
+            image_BT, text_BT = teacher.embeddings(batch)
         else:
             image_BT, text_BT = _teach(teacher, next(live), config, state.world)
         device = state.student.device
