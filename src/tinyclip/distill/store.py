@@ -158,12 +158,12 @@ def store_teacher(
         display.close()
     world.barrier()
     if missing:
-        seconds = time.perf_counter() - started
-        rate = sum(len(asked.items(part)) for part in missing) / seconds
+        rate = sum(len(asked.items(part)) for part in missing) / (time.perf_counter() - started)
         size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         say(
             f"teacher store: {len(source):,} images, {size / 1e6:,.1f} MB, {size / len(source):,.0f} bytes each; "
-            f"{rate:,.1f} images/s, so that every epoch saves about {len(source) / rate / config.views:,.0f} s"
+            f"{rate:,.1f} images/s"
+            + (f"; every epoch saves about {asked.seconds_a_view * len(source) / done:,.1f} s" if done else "")
         )
     return Stored(directory, teacher, config.views)
 
@@ -208,6 +208,7 @@ class _Asked:
         self.teacher, self.source, self.config = teacher, source, config
         self.loader = PairLoader(source, [teacher.reader], batch_size=2, seed=0, crop_scale=crop_scale)
         self.num_parts = math.ceil(len(source) / ITEMS)
+        self.seconds_a_view = 0.0  # of the teacher alone, for one crop and one caption of each item so far
 
     def holds(self) -> dict[str, Any]:
         """What tells this store from another one."""
@@ -262,7 +263,13 @@ class _Asked:
         starts = range(items.start, items.stop, READ_AT_ONCE)
         for read in in_order(partial(_read, self.loader, self.config.views), starts, workers):
             captions = [hash_of(caption) for caption in read.captions]
-            yield _Embedded(read.keys, read.num_captions, captions, self._images(read), self._texts(read.captions))
+            started = time.perf_counter()
+            images = self._images(read)
+            seen = time.perf_counter()
+            texts = self._texts(read.captions)
+            self.seconds_a_view += (seen - started) / self.config.views
+            self.seconds_a_view += (time.perf_counter() - seen) * len(read.keys) / max(1, len(captions))
+            yield _Embedded(read.keys, read.num_captions, captions, images, texts)
 
     def write(self, path: Path, embedded: Sequence[_Embedded]) -> None:
         dtype = DTYPES[self.config.dtype]
