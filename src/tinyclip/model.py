@@ -209,11 +209,11 @@ class OutputBias(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x_BLD: Tensor, *gates: object) -> Tensor:
-        return self.bias
+    def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        return self.bias if width_D is None else self.bias * width_D
 
-    def read(self, x_BLD: Tensor, at_B: Tensor, *gates: object) -> Tensor:
-        return self.bias
+    def read(self, x_BLD: Tensor, at_B: Tensor, width_D: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        return self(x_BLD, width_D)
 
 
 def attend(
@@ -249,7 +249,7 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate_H: Tensor | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x_BLD, width_D)).unflatten(-1, (3, self.heads, self.head_dim))
         q_BHLK, k_BHLK, v_BHLK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self._leave(attend(q_BHLK, k_BHLK, v_BHLK, causal=self.causal), gate_H)
+        return self._leave(attend(q_BHLK, k_BHLK, v_BHLK, causal=self.causal), width_D, gate_H)
 
     def read(self, x_BLD: Tensor, at_B: Tensor, width_D: Tensor | None = None, gate_H: Tensor | None = None) -> Tensor:
         """`forward` at one position of each row, [B, 1, D]: keys and values of all positions, one query."""
@@ -262,12 +262,12 @@ class Attention(nn.Module):
         )
         kv = F.linear(normed_BLD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, self.head_dim))
         k_BHLK, v_BHLK = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self._leave(attend(q_BHQK, k_BHLK, v_BHLK, last_B=at_B if self.causal else None), gate_H)
+        y_BHQK = attend(q_BHQK, k_BHLK, v_BHLK, last_B=at_B if self.causal else None)
+        return self._leave(y_BHQK, width_D, gate_H)
 
-    def _leave(self, y_BHQK: Tensor, gate_H: Tensor | None) -> Tensor:
-        if gate_H is not None:
-            y_BHQK = y_BHQK * gate_H[:, None, None].to(y_BHQK.dtype)
-        return self.out(y_BHQK.transpose(1, 2).flatten(2))
+    def _leave(self, y_BHQK: Tensor, width_D: Tensor | None, gate_H: Tensor | None) -> Tensor:
+        gate = None if gate_H is None else gate_H.repeat_interleave(self.head_dim)
+        return _gated_linear(self.out, y_BHQK.transpose(1, 2).flatten(2), width_D, gate)
 
 
 class FeedForward(nn.Module):
@@ -283,9 +283,7 @@ class FeedForward(nn.Module):
     def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate_F: Tensor | None = None) -> Tensor:
         h_BLF = self.up(self.norm(x_BLD, width_D))
         h_BLF = F.gelu(h_BLF) if self.activation == "gelu" else h_BLF * torch.sigmoid(1.702 * h_BLF)
-        if gate_F is not None:
-            h_BLF = h_BLF * gate_F.to(h_BLF.dtype)
-        return self.down(h_BLF)
+        return _gated_linear(self.down, h_BLF, width_D, gate_F)
 
 
 class Block(nn.Module):
@@ -308,8 +306,8 @@ class Block(nn.Module):
         gate_H: Tensor | None = None,
         gate_F: Tensor | None = None,
     ) -> Tensor:
-        x_BLD = _add(x_BLD, self.attention(x_BLD, width_D, gate_H), width_D)
-        return _add(x_BLD, self.ffn(x_BLD, width_D, gate_F), width_D)
+        x_BLD = x_BLD + self.attention(x_BLD, width_D, gate_H)
+        return x_BLD + self.ffn(x_BLD, width_D, gate_F)
 
     def read(
         self,
@@ -320,8 +318,8 @@ class Block(nn.Module):
         gate_F: Tensor | None = None,
     ) -> Tensor:
         """`forward` at one position of each row, [B, D]: of the last block nothing else is used."""
-        x_B1D = _add(_rows(x_BLD, at_B[:, None]), self.attention.read(x_BLD, at_B, width_D, gate_H), width_D)
-        return _add(x_B1D, self.ffn(x_B1D, width_D, gate_F), width_D)[:, 0]
+        x_B1D = _rows(x_BLD, at_B[:, None]) + self.attention.read(x_BLD, at_B, width_D, gate_H)
+        return (x_B1D + self.ffn(x_B1D, width_D, gate_F))[:, 0]
 
 
 def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
@@ -329,9 +327,14 @@ def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
     return x_BLD.gather(1, at_Bn[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
 
 
-def _add(x_BLD: Tensor, y: Tensor, width_D: Tensor | None) -> Tensor:
-    """x + y, of which the width gate lets a part through."""
-    return x_BLD + y if width_D is None else torch.addcmul(x_BLD, y, width_D.to(y.dtype))
+def _gated_linear(layer: nn.Linear, y_BLF: Tensor, width_D: Tensor | None, gate_F: Tensor | None) -> Tensor:
+    """layer(y * gate) * width. The gates multiply the weights, or the activations where those are fewer."""
+    if width_D is None or gate_F is None:
+        return layer(y_BLF)
+    if y_BLF.shape[:-1].numel() < layer.out_features:
+        y_BLD = layer(y_BLF * gate_F.to(y_BLF.dtype))
+        return y_BLD * width_D.to(y_BLD.dtype)
+    return F.linear(y_BLF, layer.weight * gate_F * width_D[:, None], layer.bias * width_D)
 
 
 class Tower(nn.Module):
