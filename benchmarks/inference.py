@@ -23,7 +23,7 @@ from functools import partial
 import open_clip
 import torch
 from machine import prepare
-from step import batch, clip, theirs
+from step import WARM_UP, batch, clip, theirs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -104,7 +104,7 @@ def measure(name: str, contenders: Contenders, rounds: int, *, compare: bool = T
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     outputs: dict[str, Tensor] = {}
     labels = list(contenders)
-    for number in range(-1, rounds):  # the first round warms up
+    for number in range(-WARM_UP, rounds):
         for label in labels[number % len(labels) :] + labels[: number % len(labels)]:
             started = time.perf_counter()
             with torch.set_grad_enabled(not compare):
@@ -127,7 +127,7 @@ def measure(name: str, contenders: Contenders, rounds: int, *, compare: bool = T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="four classes, two rounds")
     parser.add_argument("--only", nargs="+", choices=("classifier", "images", "masks"))

@@ -7,13 +7,13 @@ import platform
 
 import torch
 
-from tinyclip.device import use_fast_cpu_products
+from tinyclip.device import prepare_cpu
 
 
 def prepare(threads: int, **more: object) -> None:
     """Set the threads and the products, and print them with the machine, torch's version and `more`: a line of JSON."""
     torch.set_num_threads(threads)
-    fast = use_fast_cpu_products()
+    fast = prepare_cpu()
     row = {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": threads}
     row |= {"fp32 products": "oneDNN" if fast else "torch's default", "torch": torch.__version__}
     print(json.dumps(row | more), flush=True)

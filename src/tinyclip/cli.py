@@ -136,7 +136,7 @@ def evaluate(
 ) -> None:
     """Zero-shot accuracy and retrieval recall of a model, on data of your own or on a suite of data sets."""
     from tinyclip.data.spec import DataSpec
-    from tinyclip.device import pick_device, use_fast_cpu_products
+    from tinyclip.device import pick_device, prepare_cpu
     from tinyclip.distill.teacher import load_teacher
     from tinyclip.evaluate import DEFAULT_TEMPLATES, with_interval
     from tinyclip.evaluate.scores import Evaluation
@@ -153,7 +153,7 @@ def evaluate(
         zeroshot=DataSpec.parse(zeroshot) if zeroshot is not None else None,
         templates=tuple(template or DEFAULT_TEMPLATES),
     )
-    use_fast_cpu_products()
+    prepare_cpu()
     loaded = load_teacher(model).to(pick_device(device))
     scores = evaluate_model(loaded, wanted, batch_size=batch_size, workers=workers)
     results: dict[str, Any] = {}
@@ -215,7 +215,7 @@ def compare(
 ) -> None:
     """What a student lost: by data set and class, in neighbours, calibration and geometry, and per cost."""
     from tinyclip.data.sources import open_source
-    from tinyclip.device import pick_device, use_fast_cpu_products
+    from tinyclip.device import pick_device, prepare_cpu
     from tinyclip.distill.teacher import load_teacher
     from tinyclip.evaluate import DEFAULT_TEMPLATES
     from tinyclip.evaluate.compare import Comparing, data_name
@@ -241,7 +241,7 @@ def compare(
         source = open_source(zeroshot)
         sets = [labelled_set(data_name(source), source, tuple(template or DEFAULT_TEMPLATES)), *sets]
     pairs = None if retrieval is None else open_source(retrieval)
-    use_fast_cpu_products()
+    prepare_cpu()
     theirs, ours = (load_teacher(name).to(pick_device(device)) for name in (teacher, student))
     found = compare_models(theirs, ours, sets, pairs, settings, absent=absent, say=_say)
     if out is not None:

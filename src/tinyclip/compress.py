@@ -18,7 +18,7 @@ from typing import NamedTuple
 from tinyclip import run
 from tinyclip.check import check_data, check_rules
 from tinyclip.data.sources import Source, left_out, open_source
-from tinyclip.device import pick_device, use_fast_cpu_products
+from tinyclip.device import pick_device, prepare_cpu
 from tinyclip.distill.store import Stored
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.distill.train import Masking, TrainConfig, train
@@ -47,7 +47,7 @@ def compress(
     Raises ValueError for a recipe that does not fit its model or data, or a run directory of another recipe. On several
     processes, `run_dir` is on storage that all of them see.
     """
-    use_fast_cpu_products()
+    prepare_cpu()
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
     teachers = [load_teacher(teacher) for teacher in recipe.teachers]

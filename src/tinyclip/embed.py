@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinyclip import run
 from tinyclip.data.sources import Source, open_source
-from tinyclip.device import pick_device, use_fast_cpu_products
+from tinyclip.device import pick_device, prepare_cpu
 from tinyclip.distill.store import Stored, store_teacher
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.distributed import ALONE, World
@@ -21,7 +21,7 @@ def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, 
     """
     if recipe.store is None or not recipe.teachers:
         raise ValueError("expected a recipe with a teacher and a store, for example by --set store.views=1")
-    use_fast_cpu_products()
+    prepare_cpu()
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
     teachers = [load_teacher(teacher) for teacher in recipe.teachers]

@@ -517,7 +517,8 @@ class CLIP(nn.Module):
                 raise ValueError("this model came without preprocessing: expected pixels, got PIL images")
             pictures = images if isinstance(images, Sequence) else [images]
             images = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
-        if images.is_floating_point() and not images.isfinite().all():
+        # A NaN is both least and greatest; `isfinite` of every pixel takes a sixteenth of the whole encoder's time.
+        if images.is_floating_point() and images.numel() and not all(map(torch.isfinite, images.aminmax())):
             broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(f"expected finite pixels, got NaN or infinity in image {broken[0]} of {len(images)}")
         image_BE = self.image(self._as_input(images))
