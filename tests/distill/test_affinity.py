@@ -191,6 +191,31 @@ def test_anti_aligned_rows_at_large_scales_are_exact(scale, dtype, tolerance, ru
     assert bool(running_sums) == (dtype == torch.float32 or scale == 1000)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
+def test_trusted_inputs_give_the_same_numbers(scale, dtype, tolerance, running_sums):
+    """The largest scale that a tensor may be decides the shift."""
+    batch = combined_batch(scale=scale, contrastive_scale=scale / 3, teacher_scale=scale)
+    low = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in batch]
+    expected = value_and_grads(combined_reference, [x.detach().double().requires_grad_(x.requires_grad) for x in low])
+    assert_equal(value_and_grads(combined, low, tile=16, trusted=True), expected, rtol=tolerance)
+    assert not running_sums
+
+
+def test_where_trust_is_misplaced_the_loss_is_not_finite(running_sums):
+    """Never a number that is wrong: a step with such a loss is skipped."""
+    image, text, *_ = (x.detach().float() for x in anti_aligned_batch(100.0))
+    for scale in (100.0, torch.tensor(100.0)):
+        assert not contrastive_loss(image, text, scale, trusted=True).isfinite()
+    assert not contrastive_loss(30 * image, -text, 10.0, trusted=True).isfinite(), "long rows"
+    assert not running_sums
+    expected = contrastive_reference(image.double(), text.double(), 1000.0)
+    torch.testing.assert_close(
+        contrastive_loss(image, text, 1000.0, trusted=True).double(), expected, rtol=0, atol=1e-4
+    )
+    assert running_sums, "no CLIP has such a scale, so sums are looked at"
+
+
 def test_the_constant_shift_serves_unit_rows_up_to_the_largest_learned_scale(running_sums):
     image, text, _, *teacher = make_batch(300, 32, 48, dtype=torch.float32)
     for scale in (1.0, 50.0, 100.0):

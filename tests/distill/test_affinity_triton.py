@@ -70,6 +70,7 @@ class Case(NamedTuple):
     teacher: torch.dtype = FP32
     needs: str = "image text scale contrastive_scale"
     rows: str = "unit"
+    trusted: bool = False
 
 
 NEEDS = ("image text", "image", "text", "scale contrastive_scale", "image text scale contrastive_scale teacher_scale")
@@ -93,6 +94,7 @@ CASES = [
     *(Case("both", rows=rows) for rows in ("spread", "long")),
     *(Case("both", rows="opposite", scale=scale) for scale in (100.0, 1000.0)),
     Case("both", rows="opposite", scale=1000.0, student=BF16),
+    *(Case(loss, scale=scale, trusted=True) for loss in ("one_scale", "both") for scale in (10.0, 100.0)),
 ]
 AGAIN = CASES.index(Case("both", 160, tile=140))
 COUNTS = (5, 8)  # pairs on each rank
@@ -138,7 +140,8 @@ def by_definition(case):
 
 
 def by_kernels(case, device="cpu"):
-    return value_and_grads(LOSSES[case.loss], inputs_of(case, device), tile=case.tile, kernel="triton")
+    how = {"tile": case.tile, "trusted": case.trusted, "kernel": "triton"}
+    return value_and_grads(LOSSES[case.loss], inputs_of(case, device), **how)
 
 
 def assert_equal(case, actual, expected):

@@ -22,6 +22,8 @@ E_ij = exp(scale * c_ij - shift) with sums r_i over its row and k_j over its col
 Of unit vectors no score is above the scale, so one shift for all serves (`ShiftedSums`): one exponential for both
 directions, sums that are merged by adding, over tiles and over ranks. Where rows are longer than units or the sums
 come near the smallest numbers, maxima that run along are the shifts (`RunningSums`), as in a numerically safe softmax.
+To know which, the host looks at the embeddings, at scales that are tensors and, where a sum could vanish, at the sums.
+A GPU would be waited for; `trusted` inputs are not looked at.
 
 Tiles are computed by torch, or, where kernel="triton", by the fused kernels of `affinity_triton.py`: same result.
 
@@ -34,6 +36,8 @@ T teacher embedding. Embeddings are unit vectors, scales are 1 / temperature, lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -86,17 +90,18 @@ def affinity_loss(
     world: World = ALONE,
     tile: int | None = None,
     kernel: Kernel = "torch",
-    known_unit: bool = False,
+    trusted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(loss, entropy), equal to `affinity_loss_reference`, in memory linear in the batch.
 
     `entropy` is that of the teacher's rows, without gradient: loss - entropy is a KL divergence, 0 where the student
     agrees. Gradients reach the student's embeddings and both scales. `tile` is the rows and columns in hand at once.
-    `kernel` "triton" needs a GPU and embeddings of 16 or 32 bits, and raises ValueError elsewhere. With `known_unit`
-    nobody looks whether embeddings are unit vectors; then, with scales that are numbers up to 50, no GPU is waited for.
+    `kernel` "triton" needs a GPU and embeddings of 16 or 32 bits, and raises ValueError elsewhere. `trusted` takes
+    embeddings to be unit vectors and scales to be in (0, 100], as a CLIP's are: no GPU is waited for. Where
+    they are not, or where in fp32 the scores of a whole row are below -32 at a scale above 60, the loss is not finite.
     """
     student, teacher = (image_BE, text_BE), (teacher_image_BT, teacher_text_BT)
-    losses = _losses(student, scale, None, teacher, teacher_scale, world, tile, kernel, known_unit)
+    losses = _losses(student, scale, None, teacher, teacher_scale, world, tile, kernel, trusted)
     return losses.affinity, losses.entropy
 
 
@@ -108,11 +113,11 @@ def contrastive_loss(
     world: World = ALONE,
     tile: int | None = None,
     kernel: Kernel = "torch",
-    known_unit: bool = False,
+    trusted: bool = False,
 ) -> Tensor:
     """CLIP's loss: the cross-entropy of each pair against the rest of the batch, both directions averaged."""
     student = (image_BE, text_BE)
-    return _losses(student, None, scale, (None, None), None, world, tile, kernel, known_unit).contrastive
+    return _losses(student, None, scale, (None, None), None, world, tile, kernel, trusted).contrastive
 
 
 def affinity_and_contrastive_loss(
@@ -127,11 +132,11 @@ def affinity_and_contrastive_loss(
     world: World = ALONE,
     tile: int | None = None,
     kernel: Kernel = "torch",
-    known_unit: bool = False,
+    trusted: bool = False,
 ) -> Losses:
     """Both losses from the same tiles: no more products than one. Where the scales are one, no more exponentials."""
     student, teacher = (image_BE, text_BE), (teacher_image_BT, teacher_text_BT)
-    return _losses(student, scale, contrastive_scale, teacher, teacher_scale, world, tile, kernel, known_unit)
+    return _losses(student, scale, contrastive_scale, teacher, teacher_scale, world, tile, kernel, trusted)
 
 
 def _losses(
@@ -143,7 +148,7 @@ def _losses(
     world: World,
     tile: int | None,
     kernel: Kernel,
-    known_unit: bool,
+    trusted: bool,
 ) -> Losses:
     for name, rows in zip(("text", "teacher's image", "teacher's text"), (student[1], *teacher), strict=True):
         if rows is not None and len(rows) != len(student[0]):
@@ -151,10 +156,10 @@ def _losses(
     if tile is not None and tile < 1:
         raise ValueError(f"tile: expected at least 1 row, got {tile}")
     both = contrastive_scale is scale
-    scale, contrastive_scale, teacher_scale = map(_checked_scale, (scale, contrastive_scale, teacher_scale))
+    scale, contrastive_scale, teacher_scale = (_checked(x, trusted) for x in (scale, contrastive_scale, teacher_scale))
     scales = (scale, scale if both else contrastive_scale, teacher_scale)
     fused = _fused_tiles(kernel, [student] if teacher[0] is None else [student, teacher])
-    return Losses(*_InBatchLosses.apply(*student, *scales, *teacher, world, tile, fused, known_unit))
+    return Losses(*_InBatchLosses.apply(*student, *scales, *teacher, world, tile, fused, trusted))
 
 
 def _fused_tiles(kernel: Kernel, models: list[tuple[Tensor, Tensor]]) -> FusedTiles | None:
@@ -169,7 +174,9 @@ def _fused_tiles(kernel: Kernel, models: list[tuple[Tensor, Tensor]]) -> FusedTi
     return FusedTiles.of(models)
 
 
-def _checked_scale(scale: Tensor | float | None) -> Tensor | float | None:
+def _checked(scale: Tensor | float | None, trusted: bool) -> Tensor | float | None:
+    if isinstance(scale, Tensor) and trusted:
+        return scale.reshape(())
     if scale is not None and _number(scale) <= 0:
         raise ValueError(f"expected scales above 0, got {_number(scale):g}")
     return scale.reshape(()) if isinstance(scale, Tensor) else scale
@@ -195,13 +202,13 @@ class _InBatchLosses(torch.autograd.Function):
         world,
         tile,
         fused,
-        known_unit,
+        trusted,
     ):  # type: ignore[override]
         models = [(image, text)] if teacher_image is None else [(image, text), (teacher_image, teacher_text)]
         with torch.autocast(image.device.type, enabled=False):  # a bf16 score near 50 would be off by up to 0.125
             pairs = Pairs.gathered(models, world, tile)
-            fits = known_unit or pairs.are_unit(world)
-            softmaxes = _softmaxes(pairs, (scale, contrastive_scale, teacher_scale), world, fused, fits)
+            fits = trusted or pairs.are_unit(world)
+            softmaxes = _softmaxes(pairs, _Scales(scale, contrastive_scale, teacher_scale), world, fused, fits, trusted)
             losses = _values(pairs, softmaxes, world)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*pairs.saved())
@@ -236,13 +243,27 @@ class _Softmaxes(NamedTuple):
         return list(dict.fromkeys([*(self.affinity or ()), *([self.contrastive] if self.contrastive else ())]))
 
 
-Scales = tuple[Tensor | float | None, Tensor | float | None, Tensor | float | None]  # affinity, contrastive, teacher's
+class _Scales(NamedTuple):
+    """One object where affinity and contrastive share theirs."""
+
+    affinity: Tensor | float | None
+    contrastive: Tensor | float | None
+    teacher: Tensor | float | None
+
+    def known(self, trusted: bool) -> _Scales:
+        """Numbers; of a trusted tensor a copy of its own."""
+        affinity, teacher = (_known(scale, trusted) for scale in (self.affinity, self.teacher))
+        shared = self.affinity is not None and _is_same(self.affinity, self.contrastive)
+        return _Scales(affinity, affinity if shared else _known(self.contrastive, trusted), teacher)
 
 
-def _softmaxes(pairs: Pairs, scales: Scales, world: World, fused: FusedTiles | None, fits: bool) -> _Softmaxes:
+def _softmaxes(
+    pairs: Pairs, scales: _Scales, world: World, fused: FusedTiles | None, fits: bool, trusted: bool
+) -> _Softmaxes:
     """The sums of one pass; of two where the constant shift turns out not to fit."""
+    scales = scales.known(trusted)
     if fits:
-        softmaxes = _one_pass(ShiftedSums, pairs, scales, fused)
+        softmaxes = _one_pass(partial(ShiftedSums, trusted=trusted), pairs, scales, fused)
         if all([softmax.merge(world) for softmax in softmaxes.distinct()]):  # a list: every rank merges every one
             return softmaxes
     softmaxes = _one_pass(RunningSums, pairs, scales)
@@ -251,14 +272,15 @@ def _softmaxes(pairs: Pairs, scales: Scales, world: World, fused: FusedTiles | N
     return softmaxes
 
 
-def _one_pass(kind: type[SoftmaxSums], pairs: Pairs, scales: Scales, fused: FusedTiles | None = None) -> _Softmaxes:
-    scale, contrastive_scale, teacher_scale = scales
+def _one_pass(
+    kind: Callable[..., SoftmaxSums], pairs: Pairs, scales: _Scales, fused: FusedTiles | None = None
+) -> _Softmaxes:
     affinity = contrastive = None
-    if scale is not None and teacher_scale is not None:
-        affinity = _Affinity(kind(pairs, 0, _number(scale)), kind(pairs, 1, _number(teacher_scale), means=True))
-    if contrastive_scale is not None:
-        shared = affinity is not None and _is_same(scale, contrastive_scale)
-        contrastive = affinity.student if affinity and shared else kind(pairs, 0, _number(contrastive_scale))
+    if scales.affinity is not None and scales.teacher is not None:
+        affinity = _Affinity(kind(pairs, 0, scales.affinity), kind(pairs, 1, scales.teacher, means=True))
+    if scales.contrastive is not None:
+        shared = affinity is not None and scales.contrastive is scales.affinity
+        contrastive = affinity.student if affinity and shared else kind(pairs, 0, scales.contrastive)
     softmaxes = _Softmaxes(affinity, contrastive)
     if fused is not None:
         fused.add(pairs, softmaxes.distinct())
@@ -269,7 +291,13 @@ def _one_pass(kind: type[SoftmaxSums], pairs: Pairs, scales: Scales, fused: Fuse
     return softmaxes
 
 
-def _is_same(scale: Tensor | float | None, other: Tensor | float) -> bool:
+def _known(scale: Tensor | float | None, trusted: bool) -> Tensor | float | None:
+    if isinstance(scale, Tensor):
+        return scale.detach().clone() if trusted else _number(scale)
+    return scale
+
+
+def _is_same(scale: Tensor | float | None, other: Tensor | float | None) -> bool:
     return scale is other or (isinstance(scale, float | int) and isinstance(other, float | int) and scale == other)
 
 

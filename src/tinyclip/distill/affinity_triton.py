@@ -58,6 +58,12 @@ def _product(x, y, rows, columns, r, k, width, R: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
+def _exponential(cosine, exponents, softmax):
+    """exp(scale * cosine - shift) of a block; [softmaxes, 2] `exponents` are scales and shifts / ln 2."""
+    return tl.exp2(cosine * tl.load(exponents + 2 * softmax) - tl.load(exponents + 2 * softmax + 1))
+
+
+@triton.jit
 def _keep_sums(block, row_sums, column_sums, place, rows, columns, r, k):
     """Over the rows and the columns of a block, at the block's own place in [M, blocks, r] and [M, blocks, k]."""
     row_block = place * tl.num_programs(1) + tl.program_id(1)
@@ -69,7 +75,7 @@ def _keep_sums(block, row_sums, column_sums, place, rows, columns, r, k):
 @triton.jit(do_not_specialize=["r", "k"])
 def _sum_tile(
     image, text, teacher_image, teacher_text, E, T, r, k,
-    scale, shift, other_scale, other_shift, teacher_scale, teacher_shift,
+    exponents,
     row_sums, column_sums,
     OTHER: tl.constexpr, TEACHER: tl.constexpr,
     R: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, TEACHER_STEP: tl.constexpr,
@@ -78,14 +84,14 @@ def _sum_tile(
     rows, columns = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * K + tl.arange(0, K)
     inside = (rows < r)[:, None] & (columns < k)
     cosine = _product(image, text, rows, columns, r, k, E, R, K, STEP)
-    exponential = tl.where(inside, tl.exp2(cosine * scale - shift), 0.0)
+    exponential = tl.where(inside, _exponential(cosine, exponents, 0), 0.0)
     _keep_sums(exponential, row_sums, column_sums, 0, rows, columns, r, k)
     if OTHER:
-        exponential = tl.where(inside, tl.exp2(cosine * other_scale - other_shift), 0.0)
+        exponential = tl.where(inside, _exponential(cosine, exponents, 1), 0.0)
         _keep_sums(exponential, row_sums, column_sums, 1, rows, columns, r, k)
     if TEACHER:
         target = _product(teacher_image, teacher_text, rows, columns, r, k, T, R, K, TEACHER_STEP)
-        exponential = tl.where(inside, tl.exp2(target * teacher_scale - teacher_shift), 0.0)
+        exponential = tl.where(inside, _exponential(target, exponents, 2), 0.0)
         _keep_sums(exponential, row_sums, column_sums, 1 + OTHER, rows, columns, r, k)
         _keep_sums(exponential * cosine, row_sums, column_sums, 2 + OTHER, rows, columns, r, k)
         _keep_sums(exponential * target, row_sums, column_sums, 3 + OTHER, rows, columns, r, k)
@@ -109,7 +115,7 @@ def _keep_dot(gradient, cosine, dots, place):
 @triton.jit(do_not_specialize=["r", "k", "B", "N", "own_offset"])
 def _gradient_tile(
     image, text, teacher_image, teacher_text, E, T, r, k,
-    scale, shift, other_scale, other_shift, teacher_scale, teacher_shift,
+    exponents,
     row_weights, column_weights, own_weight, B, N, own_offset,
     gradient, dots,
     OTHER: tl.constexpr, TEACHER: tl.constexpr,
@@ -122,14 +128,14 @@ def _gradient_tile(
     rows, columns = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * K + tl.arange(0, K)
     cosine = _product(image, text, rows, columns, r, k, E, R, K, STEP)
     own = tl.where(columns == rows[:, None] + own_offset, tl.load(own_weight), 0.0)
-    total = tl.exp2(cosine * scale - shift) * _weights(row_weights, column_weights, 0, rows, columns, r, k, B, N)
+    total = _exponential(cosine, exponents, 0) * _weights(row_weights, column_weights, 0, rows, columns, r, k, B, N)
     if TEACHER:
         target = _product(teacher_image, teacher_text, rows, columns, r, k, T, R, K, TEACHER_STEP)
         weights = _weights(row_weights, column_weights, 1 + OTHER, rows, columns, r, k, B, N)
-        total += tl.exp2(target * teacher_scale - teacher_shift) * weights
+        total += _exponential(target, exponents, 2) * weights
     if OTHER:
         weights = _weights(row_weights, column_weights, 1, rows, columns, r, k, B, N)
-        other = tl.exp2(cosine * other_scale - other_shift) * weights - own
+        other = _exponential(cosine, exponents, 1) * weights - own
         _keep_dot(total, cosine, dots, 0)
         _keep_dot(other, cosine, dots, 1)
         total += other
@@ -225,6 +231,9 @@ class _Scores(NamedTuple):
 
     models: list[tuple[Tensor, Tensor]]  # contiguous; the student's again where there is no teacher
     softmaxes: list[SoftmaxSums]
+    exponents: (
+        Tensor  # fp32 [3, 2]: of the student's first and last softmax and of the teacher's, scale and shift / ln 2
+    )
     tile: int
 
     @classmethod
@@ -233,7 +242,15 @@ class _Scores(NamedTuple):
             (image.to(_product_dtype(dtype)).contiguous(), text.to(_product_dtype(dtype)).contiguous())
             for (image, text), dtype in zip(pairs.models, dtypes, strict=True)
         ]
-        return cls([models[0], models[-1]], sorted(softmaxes, key=lambda x: x.model), pairs.layout.tile)
+        softmaxes = sorted(softmaxes, key=lambda x: x.model)
+        students = [x for x in softmaxes if x.model == 0]
+        read = (students[0], students[-1], softmaxes[-1])  # where one is absent, another that is not read
+        exponents = pairs.image.new_empty(3, 2, dtype=torch.float32)
+        for row, softmax in zip(exponents, read, strict=True):
+            row[0] = softmax.scale  # of a tensor a copy on the device
+            row[1] = softmax.shifts()[0]
+        exponents *= LOG2_E
+        return cls([models[0], models[-1]], softmaxes, exponents, pairs.layout.tile)
 
     def tiles(self) -> Iterator[_Place]:
         (image, text), _ = self.models
@@ -246,13 +263,11 @@ class _Scores(NamedTuple):
         rows = [x[place] for model in self.models for x, place in zip(model, (tile.rows, tile.columns), strict=True)]
         widths = [image.shape[1] for image, _ in self.models]
         steps = [ROW_BYTES // image.element_size() for image, _ in self.models]
-        students = [x for x in self.softmaxes if x.model == 0]
-        read = (students[0], students[-1], self.softmaxes[-1])  # where one is absent, another that is not read
-        exponents = [LOG2_E * float(x) for softmax in read for x in (softmax.scale, softmax.shifts()[0])]
-        flags = (len(students) - 1, len(self.softmaxes) - len(students))
+        num_students = sum(x.model == 0 for x in self.softmaxes)
+        flags = (num_students - 1, len(self.softmaxes) - num_students)
         with torch.cuda.device_of(rows[0]):
             kernel[tile.grid](
-                *rows, *widths, tile.r, tile.k, *exponents, *arguments, *flags, R, K, *steps, num_warps=NUM_WARPS
+                *rows, *widths, tile.r, tile.k, self.exponents, *arguments, *flags, R, K, *steps, num_warps=NUM_WARPS
             )
 
 

@@ -112,7 +112,7 @@ def _in_batch(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(contrastive, affinity, the teachers' entropy), None where not asked for; one pass gives all of a teacher."""
     contrastive, affinities, entropies = None, [], []
-    how: dict[str, Any] = {"world": world, "kernel": objective.kernel, "known_unit": True}
+    how: dict[str, Any] = {"world": world, "kernel": objective.kernel, "trusted": True}
     student_scale = learned_scale if objective.student_scale == "learned" else float(objective.student_scale)
     for image_BT, text_BT, own_scale in targets if objective.affinity else ():
         teacher_scale = own_scale if objective.teacher_scale == "teacher" else float(objective.teacher_scale)

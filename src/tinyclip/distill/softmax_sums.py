@@ -4,6 +4,8 @@ Scores are scale * cosine. `ShiftedSums` takes one constant off every score befo
 is above the scale and none of the sums vanishes; `merge` says whether that was so. `RunningSums` takes off the largest
 score of every row and column so far: right for any scores, at two exponentials per score.
 
+A scale is a number, or a tensor that nobody reads: then known to be at most MAX_SCALE.
+
 Shape legend: B rows (of this rank), N columns, r x k a tile, M the sum and the sums weighted by each model's cosines.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from tinyclip.distill.tiles import LONGEST_UNIT, Pairs, Scratch, Tile
 from tinyclip.distributed import World
+from tinyclip.model import MAX_SCALE
 
 
 class SoftmaxSums:
@@ -24,7 +27,7 @@ class SoftmaxSums:
     With `means`, the cosines of all models are summed too, weighted by these exponentials.
     """
 
-    def __init__(self, pairs: Pairs, model: int, scale: float, *, means: bool = False):
+    def __init__(self, pairs: Pairs, model: int, scale: Tensor | float, *, means: bool = False):
         B, N = pairs.shape
         M = 1 + (len(pairs.models) if means else 0)
         self.model, self.scale = model, scale
@@ -77,13 +80,18 @@ class SoftmaxSums:
 
 
 class ShiftedSums(SoftmaxSums):
-    """One shift for all scores, no larger than keeps a sum of N exponentials finite."""
+    """One shift for all scores, no larger than keeps a sum of N exponentials finite.
 
-    def __init__(self, pairs: Pairs, model: int, scale: float, *, means: bool = False):
+    Of `trusted` inputs nobody looks whether a sum vanished: it is NaN then. Scales above MAX_SCALE are not trusted.
+    """
+
+    def __init__(self, pairs: Pairs, model: int, scale: Tensor | float, *, means: bool = False, trusted: bool = False):
         super().__init__(pairs, model, scale, means=means)
+        at_most = MAX_SCALE if isinstance(scale, Tensor) else scale
         largest_exponent = math.log(torch.finfo(pairs.image.dtype).max / max(1, pairs.shape[1])) - 1
-        self.shift = max(0.0, LONGEST_UNIT**2 * scale - largest_exponent)
-        self.can_vanish = -(LONGEST_UNIT**2) * scale - self.shift < math.log(self._floor)  # a sum's least term
+        self.shift = max(0.0, LONGEST_UNIT**2 * at_most - largest_exponent)
+        self.can_vanish = -(LONGEST_UNIT**2) * at_most - self.shift < math.log(self._floor)  # a sum's least term
+        self.trusted = trusted and at_most <= MAX_SCALE
 
     def shifts(self) -> tuple[float, float]:
         return self.shift, self.shift
@@ -94,8 +102,11 @@ class ShiftedSums(SoftmaxSums):
             self.columns_MN[m, tile.columns] += matrix_rk.sum(0)
 
     def merge(self, world: World) -> bool:
-        if not self.can_vanish:  # nor is there anything to wait for; what is not finite stays so in the loss
+        if self.trusted or not self.can_vanish:  # nothing to wait for; what is not finite stays so in the loss
             world.sum_(self.columns_MN)
+            if self.can_vanish:
+                for sums in (self.rows_MB[0], self.columns_MN[0]):
+                    sums.masked_fill_(sums <= self._floor, math.nan)
             return True
         packed = torch.cat([self._doubtful(self.rows_MB[0]), self.columns_MN.flatten()])
         world.sum_(packed)
@@ -125,7 +136,7 @@ class ShiftedSums(SoftmaxSums):
 class RunningSums(SoftmaxSums):
     """The shifts are the largest scores of each row and column so far; sums follow when a larger one comes."""
 
-    def __init__(self, pairs: Pairs, model: int, scale: float, *, means: bool = False):
+    def __init__(self, pairs: Pairs, model: int, scale: Tensor | float, *, means: bool = False):
         super().__init__(pairs, model, scale, means=means)
         self.largest_B, self.largest_N = (pairs.image.new_full((size,), -math.inf) for size in pairs.shape)
 

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tinyclip.config import Config
+from tinyclip.device import to_device
 from tinyclip.model import (
     CLIP,
     Attention,
@@ -204,11 +205,11 @@ class HardConcreteGates(nn.Module):
     def sample(self, generator: torch.Generator) -> Gates:
         """Training gates. `generator` is a CPU one, so every device and every rank draws the same numbers."""
 
-        def draw(log_alpha: Tensor) -> Tensor:
-            uniform = torch.rand(len(log_alpha), generator=generator, dtype=torch.float32)
-            return sample(log_alpha, uniform.clamp(EPSILON, 1 - EPSILON).to(log_alpha))
-
-        return self.map(draw)
+        sizes = [len(log_alpha) for log_alpha in self.map(lambda log_alpha: log_alpha).flat()]
+        uniform = torch.cat([torch.rand(size, generator=generator, dtype=torch.float32) for size in sizes])
+        uniform = to_device(uniform.clamp(EPSILON, 1 - EPSILON), next(self.parameters()).device)
+        parts = iter(uniform.split(sizes))
+        return self.map(lambda log_alpha: sample(log_alpha, next(parts).to(log_alpha)))
 
     def expected_params(self) -> Tensor:
         """Expected prunable parameters of the cut model, gates taken as independent."""
