@@ -6,7 +6,7 @@ A run is `tinyclip compress` in a forked child of this process, which has import
 fault strikes in a place (the n-th step, the n-th checkpoint that is saved, ...), there before or after any call of
 Python or C, or any call that touches files: SIGKILL, SIGTERM or Ctrl-C. Others are a signal after some milliseconds, a
 file size limit (a write fails in its middle, as on a full disk), and a checkpoint that was cut or changed while nothing
-ran. A life is one run directory: some faults, then a call that ends.
+ran. A life is one run directory: some faults, then a call that ends. A teacher store in it is compared like the rest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import yaml
 from tests.test_compress import student_recipe, teacher_recipe
 from tinyclip import check, cli, compress, recipes, run, start
 from tinyclip.data.loader import PairLoader
-from tinyclip.distill import train
+from tinyclip.distill import store, train
 from tinyclip.distill.checkpoints import Checkpoints
 from tinyclip.distill.metrics import JsonLines
 from tinyclip.evaluate import retrieval, scores, zeroshot
@@ -48,6 +48,12 @@ PLACES: dict[str, tuple[Any, str]] = {
     "check": (check, "check_data"),
     "claim": (run, "claim"),
     "record teacher": (run, "record_teacher"),
+    "claim store": (store, "_claim"),
+    "missing parts": (store._Asked, "missing"),
+    "ask teacher": (store._Asked, "_images"),
+    "write part": (store._Asked, "write"),
+    "open part": (store._Part, "__init__"),
+    "read store": (store.Stored, "embeddings"),
     "evaluate": (scores, "evaluate"),
     "read batch": (PairLoader, "batch"),
     "step": (train, "_step"),
@@ -67,8 +73,12 @@ PLACES: dict[str, tuple[Any, str]] = {
 FILE_CALLS = {"replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "open", "write", "flush", "serialize_file"}
 SIGNALS = {"kill": signal.SIGKILL, "damage": signal.SIGKILL, "term": signal.SIGTERM, "ctrl-c": signal.SIGINT}
 KINDS = ["kill"] * 10 + ["term", "ctrl-c", "full disk", "damage"]
+PHASES = {  # function -> what part of a run it is; of several on the stack the first of these
+    "store_teacher": "store", "evaluate": "evaluation", "save": "saving", "learn_masks": "masks", "train": "distill"
+}  # fmt: skip
 STATUS = {"kill": -signal.SIGKILL, "damage": -signal.SIGKILL, "term": 0, "ctrl-c": 130, "full disk": 2}
 PATIENCE_S = 120
+ITEMS = 24  # of a part of the store: 64 pictures make three, the last one short
 WARM = (compress, recipes, retrieval, torch._dynamo, zeroshot)  # a command imports them late, the optimizers dynamo
 Process = multiprocessing.get_context("fork").Process
 
@@ -78,7 +88,7 @@ class Visit(NamedTuple):
 
     place: str
     occurrence: int
-    start: int
+    start: int  # calls before it, counted from the start of an undisturbed run
     calls: int  # of any function, and returns
     file_calls: int  # likewise
 
@@ -172,7 +182,7 @@ def _phase(frame: FrameType | None) -> str:
     while frame is not None:
         names.add(frame.f_code.co_name)
         frame = frame.f_back
-    for name, phase in (("evaluate", "evaluation"), ("save", "saving"), ("learn_masks", "masks"), ("train", "distill")):
+    for name, phase in PHASES.items():
         if name in names:
             return phase
     return "between"
@@ -185,6 +195,7 @@ def _child(arguments: list[str], output: Path, fault: Fault | None, note: Path) 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    store.ITEMS = ITEMS
     sys.argv = ["tinyclip", *arguments]
     if fault is not None and fault.kind == "full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.amount, fault.amount))
@@ -217,11 +228,12 @@ class Variant:
         self._record(self.room / "undisturbed")
         self.expected = snapshot(self.room / "undisturbed")
         self.largest = max(path.stat().st_size for path in (self.room / "undisturbed").rglob("*") if path.is_file())
-        half = Fault("kill", "step", 1 + len(self.visits["step"]) // 2)
+        middle = self.visits["step"][len(self.visits["step"]) // 2]
+        half = Fault("kill", "step", middle.occurrence)
         began = time.monotonic()
         self.call(self.room / "continued", half)
         self.seconds = 2 * (time.monotonic() - began)
-        self._record(self.room / "continued")  # here places that look for what is there find something
+        self._record(self.room / "continued", after=middle.start)  # places that look for what is there find it
         self.end = max(visits[-1].start for visits in self.visits.values())
         return self
 
@@ -231,11 +243,18 @@ class Variant:
         self.expected, self.largest, self.seconds, self.end = other.expected, other.largest, other.seconds, other.end
         return self
 
-    def _record(self, run_dir: Path) -> None:
+    def beyond(self, other: Variant) -> Variant:
+        """Strike where that one does not come, and in steps."""
+        self.visits = {place: visits for place, visits in self.visits.items() if place not in other.visits} | {
+            "step": self.visits["step"]
+        }
+        return self
+
+    def _record(self, run_dir: Path, after: int = 0) -> None:
         status = self.call(run_dir, None)
         assert status == 0, self.output.read_text()
         for visit in map(Visit._make, json.loads(self.note.read_text())):
-            self.visits[visit.place].append(visit)
+            self.visits[visit.place].append(visit._replace(start=after + visit.start))
 
     def call(self, run_dir: Path, fault: Fault | None) -> int:
         """The exit status of the command."""
@@ -269,7 +288,7 @@ class Variant:
         place = self.places.pop()
         kind = "kill" if kind == "full disk" else kind
         if not place:
-            return Fault(kind, amount=random.randrange(50, int(1000 * self.seconds)), order=self.end // 2)
+            return Fault(kind, amount=50 + int(1000 * self.seconds * random.random()), order=self.end // 2)
         visit = random.choice(self.visits[place])
         of_files = visit.file_calls > 0 and random.random() < 0.7
         amount = random.randrange(visit.file_calls if of_files else visit.calls)
@@ -362,7 +381,8 @@ def _damage(run_dir: Path, random: Random) -> str:
 
 
 def variants(room: Path) -> list[Variant]:
-    """Masks, rule and micro-batches; the same with workers that read; a start from random weights."""
+    """Masks, rule, micro-batches and averaged weights; the same with workers that read; an ensemble that is stored; a
+    start from random weights."""
     teacher = room / "teacher"
     settings = teacher_recipe().model_dump(mode="json")
     settings["stages"][0]["distill"]["evaluate_every"] = 2
@@ -371,19 +391,22 @@ def variants(room: Path) -> list[Variant]:
     settings = student_recipe(teacher).model_dump(mode="json")
     masks, distill = (settings["stages"][0][phase] for phase in ("while_masking", "distill"))
     masks["micro_batch_size"], masks["keep_checkpoints"] = 3, 1
-    distill["micro_batch_size"], distill["evaluate_every"] = 5, 3
+    distill["micro_batch_size"], distill["evaluate_every"], distill["ema_decay"] = 5, 3, 0.5
     plain = Variant("masks", settings, room).prepare()
     workers = Variant("workers", settings | {"data": settings["data"] | {"workers": 1}}, room).same_as(plain)
-    return [plain, plain, workers, scratch]
+    asked_once = {"store": {"views": 2}, "more_teachers": [str(teacher)], "stages": settings["stages"][1:]}
+    stored = Variant("stored", settings | asked_once, room).prepare().beyond(plain)
+    return [plain, stored, workers, scratch]
 
 
 def soak(faults: int, seed: int, room: Path, *, per_life: int = 5) -> Report:
     """Lives until so many faults have struck: places and kinds in turn, moments by the seed."""
-    random, report, began = Random(seed), Report(), time.monotonic()
+    report, began = Report(), time.monotonic()
     known = variants(room)
     kinds: list[str] = []  # still to be dealt
     while len(report.struck) < faults and report.lives < faults:
         variant = known[report.lives % len(known)]
+        random = Random(f"{seed} {report.lives}")  # what a life is dealt does not hang on when the last one was struck
         chosen = []
         for _ in range(min(per_life, faults - len(report.struck))):
             kinds = kinds or random.sample(KINDS, len(KINDS))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -385,3 +386,20 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
     command = [sys.executable, "-m", "tinyclip", "--debug", "inspect", "no/where"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback (most recent call last)" in done.stderr
+
+
+class StoppedInside(list):
+    """What torch asks for its first row just when the signal comes; it then says that there is no shape."""
+
+    def __getitem__(self, row):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("command, status", [("compress", 0), ("inspect", 128 + signal.SIGTERM)])
+def test_a_stop_that_torch_turns_into_an_error_of_its_own_is_still_a_stop(command, status, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tinyclip", command])
+    monkeypatch.setattr(cli, "app", lambda args: torch.tensor(StoppedInside([0.0])))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == status and said.startswith("tinyclip: stopped") and said.count("\n") == 1

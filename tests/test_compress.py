@@ -57,7 +57,7 @@ def student_recipe(teacher) -> Recipe:
         data=DATA,
         stages=(
             Stage(name="auto-70", shrink=LearnMasks(keep_params=0.7), while_masking=phase(4), distill=phase(4)),
-            Stage(name="manual-35", shrink=Inherit(keep_params=0.35), distill=phase(5)),
+            Stage(name="manual-35", shrink=Inherit(keep_params=0.35), distill=phase(5, ema_decay=0.9)),
         ),
         evaluation=EVALUATION,
     )

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -519,15 +519,17 @@ class Stopped(BaseException):
         self.signal_number = signal_number
 
 
-def _stop(signal_number: int, _frame: Any) -> None:
-    raise Stopped(signal_number)
-
-
 def main() -> None:
     """Entry point of the `tinyclip` command."""
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops: list[Stopped] = []
+
+    def stop(signal_number: int, _frame: Any) -> None:
+        stops.append(Stopped(signal_number))
+        raise stops[-1]
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _main_command()
+        _main_command(stops)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -543,7 +545,7 @@ def _end(stop: Stopped | Interrupted) -> NoReturn:
     sys.exit(0 if is_run and stop.signal_number == signal.SIGTERM else 128 + stop.signal_number)
 
 
-def _main_command() -> None:
+def _main_command(stops: Sequence[Stopped]) -> None:
     from tinyclip.distill.train import Interrupted
     from tinyclip.distributed import MainFailed
 
@@ -556,8 +558,10 @@ def _main_command() -> None:
         _end(stop)
     except MainFailed:
         sys.exit(2)
-    except (ValueError, OSError) as error:
-        if debug:
+    except Exception as error:
+        if stops:  # torch, in C, can put an error of its own in the place of a Stopped that passes through it
+            _end(stops[0])
+        if debug or not isinstance(error, ValueError | OSError):
             raise
         message = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:

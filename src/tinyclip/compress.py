@@ -23,7 +23,7 @@ from tinyclip.distill.store import Stored
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.distill.train import Masking, TrainConfig, train
 from tinyclip.distributed import ALONE, World
-from tinyclip.embed import stored
+from tinyclip.embed import placed, stored
 from tinyclip.evaluate.scores import evaluate
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
@@ -53,7 +53,7 @@ def compress(
     teachers = [load_teacher(teacher) for teacher in recipe.teachers]
     student = starting_point(recipe.start, teachers, source, seed=recipe.seed).to(device)
     student.provenance = recipe.provenance(name, (*(teacher.clip for teacher in teachers), student))
-    teachers = [teacher.shard(world, device) if recipe.shard_teacher else teacher.to(device) for teacher in teachers]
+    teachers = placed(teachers, recipe, device, world)
     world.on_main(check_rules, recipe, student)
     world.on_main(check_data, recipe, source, student, world)
     say = say if world.is_main else _nothing

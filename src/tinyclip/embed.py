@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from tinyclip import run
 from tinyclip.data.sources import Source, open_source
 from tinyclip.device import pick_device, prepare_cpu
@@ -24,11 +26,15 @@ def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, 
     prepare_cpu()
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
-    teachers = [load_teacher(teacher) for teacher in recipe.teachers]
-    teachers = [teacher.shard(world, device) if recipe.shard_teacher else teacher.to(device) for teacher in teachers]
+    teachers = placed([load_teacher(teacher) for teacher in recipe.teachers], recipe, device, world)
     world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
     with run.exclusive(run_dir, world):
         return stored(teachers, source, recipe, run_dir, say=say, world=world)[0].directory
+
+
+def placed(teachers: Sequence[Teacher], recipe: Recipe, device: torch.device, world: World) -> list[Teacher]:
+    """On the device, or split over the processes where the recipe says so."""
+    return [teacher.shard(world, device) if recipe.shard_teacher else teacher.to(device) for teacher in teachers]
 
 
 def stored(

@@ -71,6 +71,12 @@ class Recipe(Config):
         for name in ("more_teachers", "store"):
             if self.teacher is None and getattr(self, name):
                 raise ValueError(f"{name}: expected with a teacher, which this recipe has not")
+        said = (self.licenses and self.licenses.more_teachers) or ()
+        if said and len(said) != len(self.more_teachers):
+            raise ValueError(
+                f"licenses.more_teachers: expected one for each of the {len(self.more_teachers)} more_teachers, "
+                f"got {len(said)}"
+            )
         for stage in self.stages:
             for phase in (stage.while_masking, stage.distill):
                 if self.teacher is None and phase is not None and phase.objective.needs_teacher:
@@ -93,8 +99,10 @@ class Recipe(Config):
     def provenance(self, name: str | None, parents: Iterable[CLIP | None]) -> Provenance:
         """Where the model that comes out of this recipe comes from; `name` is the recipe's, as the user gave it."""
         licenses = self.licenses or Licenses()
+        more = zip(self.more_teachers, licenses.more_teachers or [None] * len(self.more_teachers), strict=True)
         return Provenance(
             teacher=model_origin(self.teacher, licenses.teacher) if self.teacher is not None else None,
+            more_teachers=tuple(model_origin(teacher, license) for teacher, license in more) or None,
             start=model_origin(self.start, licenses.start) if isinstance(self.start, str) else None,
             data=Origin(name=public(str(self.data.train.without_secrets())), license=licenses.data or UNKNOWN),
             recipe=name,

@@ -3,7 +3,10 @@
 Nothing here leaves the machine: servers are a thread of the test, or fsspec's memory.
 """
 
+import io
 import os
+import re
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ import pytest
 
 from tests.data.test_loader import assert_same, first, reader  # noqa: F401
 from tests.data.test_sources import COLOURS, error_of, everything, png, write_tar
-from tinyclip.data import remote
+from tinyclip.data import progress, remote
 from tinyclip.data.cache import Cache
 from tinyclip.data.loader import PairLoader
 from tinyclip.data.sources import open_source
@@ -351,3 +354,57 @@ def test_a_shard_that_is_lost_stops_a_run_and_is_no_bad_item(folder, cache, read
         (folder / "3.tar").unlink()
         with pytest.raises(ValueError, match=f"^{web.url}/3.tar: "):
             first(PairLoader(source, [reader], batch_size=3, seed=0, max_bad_share=1.0), SHARDS)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def many(folder):
+    """A pattern of twelve small shards, which are remembered, in three samples each."""
+    for shard in range(SHARDS, 12):
+        (folder / f"{shard}.tar").write_bytes((folder / f"{shard % SHARDS}.tar").read_bytes())
+    return f"pipe:cat {folder}/{{0..11}}.tar"
+
+
+def test_a_terminal_shows_how_many_shards_are_indexed_at_the_first_opening_alone(many, monkeypatch):
+    shown = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        assert len(open_source(many)) == 36
+        shown.append(sys.stderr.getvalue())
+    assert "indexing shards" in shown[0] and "12/12" in shown[0] and "shards/s" in shown[0]
+    assert shown[1] == ""
+
+
+def test_a_pipe_gets_a_line_a_minute_and_few_shards_none(many, folder, capsys, monkeypatch):
+    open_source(many)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0)
+    monkeypatch.setenv("TINYCLIP_CACHE", str(folder.parent / "another"))
+    open_source(f"pipe:cat {folder}/{{0..7}}.tar")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TINYCLIP_CACHE", str(folder.parent / "a-third"))
+    open_source(many)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12 and re.fullmatch(r"indexing shards  3/12  [\d.,e+]+ shards/s  0 min left", lines[2])
+
+
+def test_one_process_of_several_shows_it(many, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0)
+    monkeypatch.setenv("RANK", "1")
+    open_source(many)
+    assert capsys.readouterr().err == ""
+
+
+def test_with_a_limit_the_shards_to_come_are_foreseen(many, capsys, monkeypatch):
+    """Four shards are opened at a time; the first four hold 12 samples, so 30 need ten."""
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0)
+    assert len(open_source(f"{many}?limit=30")) == 30
+    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == [
+        *("5/10", "6/10", "7/10", "8/10"),
+        *("9/12", "10/12", "11/12", "12/12"),
+    ]
+    assert len(open_source(f"{many}?limit=30")) == 30 and capsys.readouterr().err == ""

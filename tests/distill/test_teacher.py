@@ -89,6 +89,20 @@ def test_embeddings_equal_open_clip(kind, tmp_path):
     assert teacher.tokenizer == Tokenizer.openai(11)
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_an_embedding_has_the_same_bits_in_any_batch(kind, tmp_path):
+    """So a stored one is the live one. In batches of other sizes, products sum in another order."""
+    teacher = load_teacher(write_local_dir(tmp_path / kind, kind))
+    generator = torch.Generator().manual_seed(0)
+    side = teacher.preprocess.size
+    pixels = torch.randint(0, 256, (19, 3, side, side), dtype=torch.uint8, generator=generator)
+    tokens = teacher.tokenizer(["a photo of " * (number % 4) + "cat" for number in range(19)])
+    whole = teacher.embed(pixels, tokens)
+    for rows in (torch.randperm(19, generator=generator)[:size] for size in (1, 2, 5, 8, 17)):
+        for few, all_rows in zip(teacher.embed(pixels[rows], tokens[rows]), whole, strict=True):
+            assert torch.equal(few, all_rows[rows])
+
+
 def test_vits_and_resnets_can_be_inherited_and_others_say_why_not(tmp_path):
     teachers = {kind: load_teacher(write_local_dir(tmp_path / kind, kind)) for kind in MODELS}
     clip = teachers["vit"].clip

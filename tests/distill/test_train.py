@@ -1,21 +1,36 @@
-"""One phase: micro-batches give the whole batch's gradient, schedules by eye, bad steps are skipped, KL goes down."""
+"""One phase: micro-batches give the whole batch's gradient, schedules by eye, bad steps are skipped, KL goes down.
+
+The average of the weights is the sum of its definition over the recorded weights of every step, and survives a stop.
+"""
 
 import importlib.util
 import json
 
 import pytest
 import torch
+from torch import nn
 
 from tests.test_compress import CONTRASTIVE, DATA, phase
 from tinyclip.data.loader import Inputs, PairLoader, Reader
 from tinyclip.data.sources import open_source
+from tinyclip.distill import train as module
+from tinyclip.distill.checkpoints import Checkpoints, read
 from tinyclip.distill.objective import total_loss
 from tinyclip.distill.teacher import load_teacher
-from tinyclip.distill.train import TrainConfig, _seen_patches, _State, backward, train
+from tinyclip.distill.train import (
+    Interrupted,
+    Masking,
+    TrainConfig,
+    _Average,
+    _seen_patches,
+    _State,
+    backward,
+    train,
+)
 from tinyclip.distributed import World
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
-from tinyclip.shrink.masks import HardConcreteGates
+from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 from tinyclip.start import Scratch, from_scratch
 
 
@@ -25,6 +40,14 @@ def tiny_clip(seed: int = 0) -> CLIP:
         text_width=16, text_layers=2, head_dim=8, context_length=20, vocabulary=620,
     )  # fmt: skip
     return from_scratch(shape, open_source(DATA.train), torch.Generator().manual_seed(seed))
+
+
+def tiny_resnet() -> CLIP:
+    shape = Scratch(
+        embed_dim=12, image_size=32, image_width=8, image_layers=(1, 1, 1, 1),
+        text_width=16, text_layers=1, head_dim=8, context_length=20, vocabulary=620,
+    )  # fmt: skip
+    return from_scratch(shape, open_source(DATA.train), torch.Generator().manual_seed(0))
 
 
 def tiny_inputs(pairs: int = 7) -> Inputs:
@@ -190,10 +213,120 @@ def test_a_run_with_dropped_patches_learns(tmp_path):
 
 
 def test_a_resnet_has_no_patches_to_drop(tmp_path):
-    shape = Scratch(
-        embed_dim=12, image_size=32, image_width=8, image_layers=(1, 1, 1, 1),
-        text_width=16, text_layers=1, head_dim=8, context_length=20, vocabulary=620,
-    )  # fmt: skip
-    student = from_scratch(shape, open_source(DATA.train), torch.Generator().manual_seed(0))
+    student = tiny_resnet()
     with pytest.raises(ValueError, match=r"image_tokens 0\.5: expected 1, since a ResNet's images have no tokens"):
         train(student, open_source(DATA.train), DATA, phase(1, image_tokens=0.5, objective=CONTRASTIVE), tmp_path)
+
+
+DECAY = 0.8
+
+
+def copied(student) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in student.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def trained(directory, student=None, *, evaluate=None, stop_before: int | None = None, **settings):
+    """The weights after each step, and those that the student ends with: 5 steps, a checkpoint after 2, 4 and 5."""
+    student = student or tiny_clip()
+    steps, original = [], module._step
+
+    def step(state, *arguments):
+        if state.step == stop_before:
+            raise Interrupted("cut off", 15)
+        values = original(state, *arguments)
+        steps.append(copied(student))
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_step", step)
+        config = phase(5, lr=3e-3, objective=CONTRASTIVE, **settings)
+        train(student, open_source(DATA.train), DATA, config, directory, evaluate=evaluate)
+    return steps, copied(student)
+
+
+def assert_is_average(got: dict[str, torch.Tensor], steps: list[dict[str, torch.Tensor]]) -> None:
+    """Of the floating-point tensors; counts of batches are those of the last step."""
+    share = [DECAY ** (len(steps) - 1 - i) for i in range(len(steps))]
+    for name, tensor in got.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, steps[-1][name])
+            continue
+        mean = sum(s * step[name].double() for s, step in zip(share, steps, strict=True)) / sum(share)
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_average_by_eye():
+    """Decay 1/2 of weights 1, 2, 4: (1/2 x 1 + 2) / (3/2), then (1/4 x 1 + 1/2 x 2 + 4) / (7/4)."""
+    student = nn.Linear(1, 1, bias=False)
+    average, seen = _Average(student, 0.5), []
+    for steps, weight in enumerate([1.0, 2.0, 4.0], start=1):
+        nn.init.constant_(student.weight, weight)
+        average.update(steps)
+        seen.append(average.mean["weight"].item())
+    assert seen == pytest.approx([1, 5 / 3, 3])
+
+
+@pytest.mark.parametrize("model", [tiny_clip, tiny_resnet])
+def test_evaluations_and_the_end_have_the_averaged_weights_and_training_the_raw_ones(tmp_path, model):
+    scored = []
+
+    def evaluate(student):
+        scored.append(copied(student))
+        return {}
+
+    plain, plain_end = trained(tmp_path / "plain", model())
+    steps, end = trained(tmp_path / "ema", model(), ema_decay=DECAY, evaluate=evaluate, evaluate_every=2)
+    assert same(plain_end, plain[-1])  # off by default
+    assert len(steps) == 5 and all(same(one, other) for one, other in zip(steps, plain, strict=True))
+    assert_is_average(end, steps)
+    assert len(scored) == 2 and not same(end, steps[-1])
+    assert_is_average(scored[0], steps[:2])
+    assert_is_average(scored[1], steps[:4])
+
+
+@pytest.mark.parametrize("model", [tiny_clip, tiny_resnet])
+def test_an_average_that_was_cut_off_ends_with_the_same_bits(tmp_path, model):
+    _, end = trained(tmp_path / "whole", model(), ema_decay=DECAY)
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "run", model(), ema_decay=DECAY, stop_before=3)
+    steps, resumed = trained(tmp_path / "run", model(), ema_decay=DECAY)
+    assert len(steps) == 3 and same(resumed, end)
+    steps, again = trained(tmp_path / "run", model(), ema_decay=DECAY)
+    assert not steps and same(again, end)  # nothing was left to do
+
+
+def test_an_average_is_not_begun_in_the_middle(tmp_path):
+    with pytest.raises(Interrupted):
+        trained(tmp_path, stop_before=3)
+    with pytest.raises(ValueError, match=r"ema_decay: None -> 0\.8"):
+        trained(tmp_path, ema_decay=DECAY)
+
+
+def test_a_checkpoint_from_before_there_were_averages_is_continued(tmp_path):
+    _, end = trained(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "run", stop_before=3)
+    checkpoints = Checkpoints(tmp_path / "run")
+    content = read(checkpoints.latest(), torch.device("cpu"))
+    settings = json.loads(content["settings"])
+    assert settings.pop("ema_decay") is None and "average" not in content
+    checkpoints.save(content | {"settings": json.dumps(settings)}, content["counts"]["step"])
+    steps, resumed = trained(tmp_path / "run")
+    assert len(steps) == 3 and same(resumed, end)
+
+
+def test_gates_are_not_averaged(tmp_path):
+    def masked(**settings):
+        student, rule = tiny_clip(), LearnMasks(keep_params=0.5)
+        gates, params = HardConcreteGates(student.config, rule.initial_log_alpha), student.config.prunable_params
+        masking = Masking(gates, SizeConstraint(rule, reference_params=params, current_params=params, steps=4), rule)
+        config = phase(4, lr=3e-3, objective=CONTRASTIVE, **settings)
+        train(student, open_source(DATA.train), DATA, config, tmp_path / str(settings), masking=masking)
+        return copied(student), copied(gates)
+
+    (raw, gates), (averaged, averaged_gates) = masked(), masked(ema_decay=DECAY)
+    assert same(gates, averaged_gates) and not same(raw, averaged)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.formats.test_export import IRREGULAR, UNIFORM, toy
-from tests.formats.test_provenance import CODE, FIRST, SECOND
+from tests.formats.test_provenance import CODE, ENSEMBLE, FIRST, SECOND
 from tinyclip.evaluate import cost
 from tinyclip.formats.card import Record, card, record_of
 from tinyclip.formats.provenance import Origin, Provenance
@@ -83,6 +83,20 @@ def test_the_ledger_names_every_ingredient_of_every_compression_and_its_licence(
         ("code", "tinyclip 0", "mit"),
     ]
     assert re.findall("Recipe: (.*)", ledger) == ["`first`", "unknown"]
+
+
+def test_every_teacher_of_an_ensemble_is_in_the_ledger_and_in_the_front_matter():
+    model = toy(UNIFORM)
+    published = Origin(name="hf:laion/two", license="mit")
+    model.provenance = ENSEMBLE.model_copy(update={"more_teachers": (*ENSEMBLE.more_teachers, published)})
+    text = card(model, "me/small", to="tinyclip", record=Record())
+    assert re.findall(r"^\| (teacher.*) \| `(.*)` \| (.*) \|$", text, re.MULTILINE) == [
+        ("teacher", "a", "mit"),
+        ("teacher 2", "b", "cc-by-nc-4.0 (non-commercial use only)"),
+        ("teacher 3", "c", "unknown"),
+        ("teacher 4", "hf:laion/two", "mit"),
+    ]
+    assert front_matter(text)["base_model"] == ["laion/two"] and front_matter(text)["license"] == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,15 @@ from tinyclip.formats.provenance import (
     Origin,
     Provenance,
     ancestors,
+    entry,
     hub_name,
     license_line,
     model_origin,
     public,
+    read_provenance,
 )
 from tinyclip.formats.uniform import pad
+from tinyclip.recipe import Recipe
 from tinyclip.recipes import load_recipe
 from tinyclip.shrink.keep import Keep, take
 from tinyclip.shrink.masks import HardConcreteGates, fold
@@ -31,6 +34,10 @@ FIRST = Provenance(data=Origin(name="pairs.tsv", license="cc-by-4.0"), recipe="f
 SECOND = Provenance(
     teacher=Origin(name="open_clip:ViT-B-32-quickgelu/metaclip_400m", license="cc-by-nc-4.0"),
     start=Origin(name="other"), data=Origin(name="scenes"), code=CODE, ancestors=(FIRST,),
+)  # fmt: skip
+ENSEMBLE = Provenance(
+    teacher=Origin(name="a", license="mit"),
+    more_teachers=(Origin(name="b", license="cc-by-nc-4.0"), Origin(name="c")), data=Origin(name="d"), code=CODE,
 )  # fmt: skip
 
 
@@ -66,6 +73,42 @@ def test_a_compressed_model_compressed_again_keeps_its_parents(tmp_path):
     assert grandchild.provenance.start == Origin(name=f"{tmp_path.name}/child", license="unknown")
     assert grandchild.provenance.teacher.license == "unknown"
     assert str(tmp_path) not in (tmp_path / "grandchild" / "model" / "config.json").read_text()
+
+
+def test_a_student_of_several_teachers_names_all_of_them_and_what_they_were_made_from(tmp_path):
+    named = []
+    for number in range(3):
+        teacher = toy(UNIFORM)
+        teacher.provenance = FIRST.model_copy(update={"recipe": f"recipe {number}"})
+        named.append(str(tinyclip.save(teacher, tmp_path / f"teacher-{number}")))
+    licenses = {"teacher": "mit", "more_teachers": ["cc-by-nc-4.0", None]}
+    found = run(tmp_path, "student", teacher=named[0], more_teachers=named[1:], licenses=licenses).provenance
+    assert found.parts.keys() == {"teacher", "teacher 2", "teacher 3", "data", "code"}
+    names = [f"{tmp_path.name}/teacher-{number}" for number in range(3)]
+    assert [found.teacher.name, *(origin.name for origin in found.more_teachers)] == names
+    assert [origin.license for origin in found.more_teachers] == ["cc-by-nc-4.0", UNKNOWN]
+    assert [earlier.recipe for earlier in found.ancestors] == ["recipe 0", "recipe 1", "recipe 2"]
+    assert found == tinyclip.load(tmp_path / "student").provenance
+
+
+def test_each_teachers_licence_is_said():
+    assert license_line(ENSEMBLE) == (
+        "warning: licences: teacher a: mit; teacher 2 b: cc-by-nc-4.0 (non-commercial use only); teacher 3 c: unknown; "
+        "data d: unknown; code tinyclip 0: mit"
+    )
+
+
+def test_what_has_one_teacher_is_written_and_read_as_before_there_could_be_more():
+    before = {"teacher": {"name": "a", "license": "mit"}, "data": {"name": "d", "license": UNKNOWN}}
+    before |= {"code": {"name": "tinyclip 0", "license": "mit"}, "ancestors": []}
+    one = ENSEMBLE.model_copy(update={"more_teachers": None})
+    assert entry(one) == {"provenance": before} and read_provenance({"provenance": before}, "x") == one
+
+
+def test_licences_of_other_than_the_recipes_teachers_are_refused():
+    settings = recipe(teacher="a", more_teachers=["b", "c"], licenses={"more_teachers": ["mit"]})
+    with pytest.raises(ValueError, match=r"licenses.more_teachers: expected one for each of the 2 .*, got 1"):
+        Recipe.model_validate(settings)
 
 
 def test_a_line_of_parents_names_each_compression_once():

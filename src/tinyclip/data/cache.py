@@ -158,7 +158,7 @@ def _touched(path: Path) -> bool:
 
 def remembered(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A JSON object of the index directory. Where that cannot be written, it is made anew every time."""
-    path = cache_directory() / "index" / f"{name}.json"
+    path = _index_file(name)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -174,3 +174,11 @@ def remembered(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except OSError:
         temporary.unlink(missing_ok=True)
     return made
+
+
+def is_remembered(name: str) -> bool:
+    return _index_file(name).exists()
+
+
+def _index_file(name: str) -> Path:
+    return cache_directory() / "index" / f"{name}.json"

@@ -8,6 +8,7 @@ good as long as the shard's size and time (remote: what its server says of its v
 from __future__ import annotations
 
 import json
+import math
 import os
 import tarfile
 from collections import Counter
@@ -22,10 +23,11 @@ from braceexpand import braceexpand
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from tinyclip.data.cache import digest, remembered
+from tinyclip.data.cache import digest, is_remembered, remembered
 from tinyclip.data.decode import BadItem, decode, one_line
 from tinyclip.data.files import check_size
 from tinyclip.data.flags import flags_in
+from tinyclip.data.progress import Scanned
 from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, transfer_of
 from tinyclip.data.spec import DataSpec, is_remote
 from tinyclip.data.texts import Words
@@ -90,25 +92,45 @@ class Tars:
         pool = ThreadPoolExecutor(NUM_THREADS)
         step = NUM_THREADS if limit is not None else max(len(shards), 1)
         try:
-            for start in range(0, len(shards), step):
-                self.shards += pool.map(self._described, shards[start : start + step])
-                if self.transfer is not None:
-                    sizes = [shard.size or 0 for shard in self.shards if isinstance(shard, Remote)]
-                    check_room(self.name, sizes, self.window, self.transfer)
-                self.indexes += pool.map(self._index, self.shards[start:])
-                if limit is not None and sum(len(index.keys) for index in self.indexes) >= limit:
-                    break
+            with Scanned() as scanned:
+                for start in range(0, len(shards), step):
+                    self.shards += pool.map(self._described, shards[start : start + step])
+                    if self.transfer is not None:
+                        sizes = [shard.size or 0 for shard in self.shards if isinstance(shard, Remote)]
+                        check_room(self.name, sizes, self.window, self.transfer)
+                    self._index_new(pool, scanned, self._num_later(len(shards), limit))
+                    if limit is not None and self._num_samples >= limit:
+                        break
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _index_new(self, pool: ThreadPoolExecutor, scanned: Scanned, num_later: int) -> None:
+        """The shards without an index; perhaps so many come later."""
+        shards = self.shards[len(self.indexes) :]
+        to_scan = [_is_small(shard) or not is_remembered(_index_name(shard)) for shard in shards]
+        if any(to_scan):
+            scanned.expect(scanned.done + sum(to_scan) + num_later)
+        for index, is_scanned in zip(pool.map(self._index, shards), to_scan, strict=True):
+            self.indexes.append(index)
+            if is_scanned:
+                scanned.advance()
+
+    def _num_later(self, num_shards: int, limit: int | None) -> int:
+        """How many shards `limit` will need beyond those at hand, if they are like those with an index."""
+        if limit is None or not self._num_samples:
+            return 0
+        needed = math.ceil(limit / self._num_samples * len(self.indexes))
+        return max(min(needed, num_shards) - len(self.shards), 0)
+
+    @property
+    def _num_samples(self) -> int:
+        return sum(len(index.keys) for index in self.indexes)
 
     def _described(self, shard: str) -> Local | Remote:
         return describe(shard, self.transfer) if self.transfer is not None else _local(shard)
 
     def _index(self, shard: Local | Remote) -> Index:
-        if isinstance(shard, Local) and shard.size < REMEMBERED_BYTES:
-            found = self._scan(shard)
-        else:
-            found = remembered(digest("tar", INDEX_VERSION, shard.name), lambda: self._scan(shard))
+        found = self._scan(shard) if _is_small(shard) else remembered(_index_name(shard), lambda: self._scan(shard))
         shape = (-1, max(len(found["extensions"]), 1))
         places = {field: np.array(found[field], np.int64).reshape(shape) for field in ("offsets", "sizes")}
         return Index(**{**found, **places})
@@ -177,6 +199,14 @@ class Tars:
 def _local(path: str) -> Local:
     stat = os.stat(path)
     return Local(path, stat.st_size, stat.st_mtime_ns)
+
+
+def _is_small(shard: Local | Remote) -> bool:
+    return isinstance(shard, Local) and shard.size < REMEMBERED_BYTES
+
+
+def _index_name(shard: Local | Remote) -> str:
+    return digest("tar", INDEX_VERSION, shard.name)
 
 
 def _is_as_indexed(file: BinaryIO, shard: Local | Remote, index: Index) -> bool:

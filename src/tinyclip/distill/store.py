@@ -19,11 +19,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -140,6 +142,15 @@ def store_teacher(
     """
     asked = _Asked(teacher, source, config, crop_scale)
     world.on_main(_claim, directory, asked.holds())
+    if world.on_main(asked.missing, directory):
+        with _alone(directory, world, say):
+            _complete(asked, directory, workers, world, say)
+    return Stored(directory, teacher, config.views)
+
+
+def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: Callable[[str], None]) -> None:
+    """Embed what is missing; processes take turns with parts."""
+    teacher, source = asked.teacher, asked.source
     missing = world.on_main(asked.missing, directory)
     started, done = time.perf_counter(), 0
     mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
@@ -165,7 +176,25 @@ def store_teacher(
             f"{rate:,.1f} images/s"
             + (f"; every epoch saves about {asked.seconds_a_view * len(source) / done:,.1f} s" if done else "")
         )
-    return Stored(directory, teacher, config.views)
+
+
+@contextmanager
+def _alone(directory: Path, world: World, say: Callable[[str], None]) -> Iterator[None]:
+    """Runs may share a store: while another call adds to it, wait."""
+    lock = FileLock(directory / ".lock")
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"{directory}: waiting for another process that adds to this store")
+            lock.acquire()
+
+    world.on_main(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _claim(directory: Path, holds: dict[str, Any]) -> None:
@@ -294,7 +323,7 @@ class _Asked:
         if read.pixels is not None:
             parts = read.pixels.split(self.config.batch_size)
             with self._precision():
-                rows = [self.teacher.encode_image(x.to(self.teacher.device), normalize=True).cpu() for x in parts]
+                rows = [self.teacher.embed_images(x.to(self.teacher.device)).cpu() for x in parts]
             embedded[torch.tensor(read.keys) != UNREADABLE] = torch.cat(rows).unflatten(0, (-1, self.config.views))
         return embedded
 
@@ -303,7 +332,7 @@ class _Asked:
         size = self.config.batch_size
         chunks = [captions[start : start + size] for start in range(0, len(captions), size)]
         with self._precision():
-            rows = [self.teacher.encode_text(chunk, normalize=True).cpu() for chunk in chunks]
+            rows = [self.teacher.embed_texts(chunk).cpu() for chunk in chunks]
         return torch.cat([torch.zeros(0, self.teacher.embed_dim), *rows])
 
     def _precision(self) -> torch.autocast:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +21,12 @@ from tinyclip.formats import checkpoint
 from tinyclip.formats.files import read_json
 from tinyclip.formats.open_clip import CONFIG_FILE, TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
 from tinyclip.formats.provenance import read_provenance
-from tinyclip.model import CLIP, Block, unit
+from tinyclip.model import CLIP, Block, lengths, unit
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
 LOCAL_DIR = "local-dir:"
+IMAGES_ALIKE, TEXTS_ALIKE, LENGTHS_ALIKE = 8, 4, 8  # rows of a block, and the steps of a text's length: LOG.md
 OPEN_CLIP = ("open_clip:", "hf-hub:", LOCAL_DIR)  # names that open_clip resolves
 
 
@@ -68,10 +70,44 @@ class Teacher:
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, tokens_BL: Tensor, length_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S] and of token ids; lengths as in `CLIP.forward`."""
-        if self.clip is not None:
-            return self.clip(pixels, tokens_BL, length_B=length_B)
-        return self.encode_image(pixels, normalize=True), self.encode_text(tokens_BL, normalize=True)
+        """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S] and of token ids; lengths as in `CLIP.forward`.
+
+        Those of a CLIP on a CPU have the same bits in any batch, so a stored one is the live one.
+        """
+        if self.clip is not None and not self._alike:
+            return self.clip(
+                pixels, tokens_BL, length_B=length_B
+            )  # all the text in one call, cut into chunks by length
+        return self.embed_images(pixels), self.embed_texts(tokens_BL)
+
+    @torch.no_grad()
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S], as `embed` gives them."""
+        encode = partial(self.encode_image, normalize=True)
+        return _in_blocks(encode, pixels, IMAGES_ALIKE) if self._alike else encode(pixels)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Tensor | Sequence[str]) -> Tensor:
+        """Unit fp32 embeddings [B, T] of texts or of token ids [B, L], as `embed` gives them."""
+        tokens_BL = texts if isinstance(texts, Tensor) else self.tokenizer(texts).to(self.device)
+        if self.clip is None or not self._alike:
+            return self.encode_text(tokens_BL, normalize=True)
+        text, context = self.clip.text, self.clip.config.text.context_length
+        tokens_BL = F.pad(tokens_BL, (0, context - tokens_BL.shape[1]))
+        length_B = (-(-lengths(tokens_BL) // LENGTHS_ALIKE) * LENGTHS_ALIKE).clamp(max=context)
+        text_BT = torch.empty(len(tokens_BL), self.embed_dim)
+        for length in length_B.unique().tolist():
+            rows = length_B == length
+            text_BT[rows] = _in_blocks(lambda tokens: unit(text(tokens)), tokens_BL[rows, :length], TEXTS_ALIKE)
+        return text_BT
+
+    @property
+    def _alike(self) -> bool:
+        """Whether every product has one of few shapes, so that a row's sums do not depend on what stands beside it.
+
+        Cheap on a CPU. A GPU would wait for small pieces; a split teacher must be called equally often everywhere.
+        """
+        return self.clip is not None and self.device.type == "cpu" and not self.sharded
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, *, normalize: bool = False) -> Tensor:
@@ -87,6 +123,15 @@ class Teacher:
             tokens_BL = F.pad(tokens_BL, (0, self.tokenizer.context_length - tokens_BL.shape[1]))
         text_BT = self.model.encode_text(tokens_BL)
         return unit(text_BT) if normalize else text_BT
+
+
+def _in_blocks(encode: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+    """`encode` of `size` rows at a time; the last block is filled up."""
+    parts = []
+    for block in rows.split(size):
+        padding = block[:1].expand(size - len(block), *block.shape[1:])
+        parts.append(encode(torch.cat([block, padding]))[: len(block)])
+    return torch.cat(parts)
 
 
 def load_teacher(spec: str) -> Teacher:

@@ -26,11 +26,13 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tinyclip.config import Config, changes
 from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
+from tinyclip.device import to_device
 from tinyclip.distill.checkpoints import Checkpoints, read
 from tinyclip.distill.metrics import Metrics, Muted, Tracker
 from tinyclip.distill.objective import Objective, Target, projection, total_loss
@@ -63,6 +65,13 @@ class TrainConfig(Config):
     beta2: float = Field(default=0.98, ge=0, lt=1, description="of AdamW")
     eps: float = Field(default=1e-6, gt=0, description="of AdamW")
     clip_norm: float | None = Field(default=1.0, gt=0, description="of the gradient")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="score, and end with, the exponential moving average of the student's weights (not of gates); "
+        "it reaches back about 1 / (1 - ema_decay) steps",
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of products; similarities are always fp32")
     image_tokens: float = Field(
         default=1.0, gt=0, le=1, description="share of its patches that a student's ViT sees: faster, not exact"
@@ -150,6 +159,8 @@ def train(
 ) -> Outcome:
     """Train `student` (and gates) in place; `directory` gets checkpoints, metrics.jsonl and skipped.jsonl.
 
+    With `ema_decay`, `evaluate` sees the averaged weights, and the student ends with them.
+
     The newest checkpoint found there is continued. Raises Interrupted after Ctrl-C or SIGTERM, once the state is saved;
     ValueError where the objective needs a teacher and there is none, where the data is unfit, or the loss diverges.
     """
@@ -208,7 +219,8 @@ def train(
                     state.check_convergence()
                     if scored and evaluate is not None:
                         state.share_statistics()
-                        values |= world.on_main(evaluate, student)
+                        with state.averaged():
+                            values |= world.on_main(evaluate, student)
                         student.train()
                     metrics.write(step, _plain(values))
                 if last or stop or (step + 1) % config.checkpoint_every == 0:
@@ -225,6 +237,8 @@ def train(
         state.release()
         student.set_recompute(False)
         student.set_compiled(False)
+    if state.average is not None:
+        state.average.swap()
     student.eval()
     seconds = time.perf_counter() - started
     return Outcome(state.step, state.pairs, state.skipped_pairs, int(state.skipped_steps), seconds)
@@ -263,6 +277,7 @@ class _State:
             lr = masking.rule.log_alpha_lr
             self.gate_optimizer = torch.optim.Adam(masking.gates.parameters(), lr=lr, fused=_has_fused(student.device))
         self.model = data_parallel(student, world)
+        self.average = None if config.ema_decay is None else _Average(student, config.ema_decay)
 
     _COUNTS = ("step", "pairs", "skipped_pairs")
     _DEVICE_COUNTS = ("skipped_steps", "non_finite_in_a_row")  # nobody waits for them but a log line or a checkpoint
@@ -278,7 +293,20 @@ class _State:
 
     def share_statistics(self) -> None:
         """BatchNorms' running statistics, which no step reads: means over ranks are due when they are saved or used."""
-        self.world.mean_(b for name, b in self.student.named_buffers() if name.rpartition(".")[2].startswith("running"))
+        named = [*self.student.named_buffers(), *(self.average.mean.items() if self.average is not None else ())]
+        self.world.mean_(b for name, b in named if name.rpartition(".")[2].startswith("running"))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While the student has its averaged weights, where an average is kept."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
 
     def update(self, is_finite: Tensor) -> None:
         """A step of the optimizers, or none where the loss or its gradient is not finite: the device decides."""
@@ -293,6 +321,8 @@ class _State:
             elif is_finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.step + 1)
 
     def check_convergence(self) -> None:
         """Raises ValueError where the run has diverged."""
@@ -309,6 +339,8 @@ class _State:
         if self.masking is not None:
             parts |= {"gates": self.masking.gates, "constraint": self.masking.constraint}
             parts["gate_optimizer"] = self.gate_optimizer
+        if self.average is not None:
+            parts["average"] = self.average
         return parts
 
     def save(self, checkpoints: Checkpoints, settings: dict[str, Any]) -> None:
@@ -331,6 +363,37 @@ class _State:
             setattr(self, name, content["counts"][name])
         for name in self._DEVICE_COUNTS:
             getattr(self, name).fill_(content["counts"][name])
+
+
+class _Average:
+    """The exponential moving average of a student's weights and running statistics, kept beside it.
+
+    After step t it is the mean of the weights after steps 1 to t, where those after step i count decay^(t - i). So it
+    does not lean on where the student began: Kingma and Ba, "Adam", ICLR 2015, section 3, on the correction of bias.
+    """
+
+    def __init__(self, student: CLIP, decay: float):
+        self.decay = decay
+        self.student = {name: tensor for name, tensor in student.state_dict().items() if tensor.is_floating_point()}
+        self.mean = {name: tensor.clone() for name, tensor in self.student.items()}
+
+    def update(self, steps: int) -> None:
+        """Take in the student's weights after so many steps."""
+        share = (1 - self.decay) / (1 - self.decay**steps)  # of the newest: 1 after the first step
+        get_ema_multi_avg_fn(1 - share)(list(self.mean.values()), list(self.student.values()), steps)
+
+    def swap(self) -> None:
+        """The student gets the average, and its own weights are kept here; a second call puts both back, to the bit."""
+        for name, tensor in self.student.items():
+            own = tensor.clone()
+            tensor.copy_(self.mean[name])
+            self.mean[name] = own
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.mean
+
+    def load_state_dict(self, mean: dict[str, Tensor]) -> None:
+        self.mean = mean
 
 
 def _adamw(student: CLIP, project: nn.Linear | None, config: TrainConfig) -> torch.optim.AdamW:
@@ -404,16 +467,15 @@ def _seen_patches(
 
 
 def _targets(teachers: Sequence[Teacher | Stored], batch: Batch, config: TrainConfig, state: _State) -> list[Target]:
-    """What each teacher says of the batch, on the student's device."""
+    """What each teacher says of the batch, on the device."""
     live = iter(batch.inputs[1:])
     targets = []
     for teacher in teachers:
         if isinstance(teacher, Stored):
-            image_BT, text_BT = teacher.embeddings(batch)
+            image_BT, text_BT = (to_device(side, state.student.device) for side in teacher.embeddings(batch))
         else:
             image_BT, text_BT = _teach(teacher, next(live), config, state.world)
-        device = state.student.device
-        targets.append((image_BT.to(device), text_BT.to(device), teacher.scale))
+        targets.append((image_BT, text_BT, teacher.scale))
     return targets
 
 
@@ -488,13 +550,9 @@ def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
 
 
 def _to(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Pixels, token ids, on the CPU how many of these each row has, patches; a copy to a GPU runs beside its work."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    seen = None if inputs.seen is None else moved(inputs.seen)
-    return moved(inputs.pixels), moved(inputs.tokens), lengths(inputs.tokens), seen
+    """Pixels, token ids, on the CPU how many of these each row has, patches."""
+    seen = None if inputs.seen is None else to_device(inputs.seen, device)
+    return to_device(inputs.pixels, device), to_device(inputs.tokens, device), lengths(inputs.tokens), seen
 
 
 @contextmanager

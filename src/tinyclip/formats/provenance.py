@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,9 @@ class Licenses(_Frozen):
     """What the user knows of the licences; SPDX names where there is one."""
 
     teacher: str | None = Field(default=None, min_length=1, description="else from the card of a published model")
+    more_teachers: tuple[Annotated[str, Field(min_length=1)] | None, ...] | None = Field(
+        default=None, description="one for each of the recipe's more_teachers; where null, likewise"
+    )
     start: str | None = Field(
         default=None, min_length=1, description="of the weights that are inherited; else likewise"
     )
@@ -58,6 +61,7 @@ class Provenance(_Frozen):
     """One compression. `start` gave the weights where the teacher did not; ancestors are earlier ones, oldest first."""
 
     teacher: Origin | None = None
+    more_teachers: tuple[Origin, ...] | None = Field(default=None, description="of an ensemble, those after `teacher`")
     start: Origin | None = None
     data: Origin
     recipe: str | None = Field(default=None, description="preset or file, with the settings that were changed")
@@ -67,7 +71,8 @@ class Provenance(_Frozen):
     @property
     def parts(self) -> dict[str, Origin]:
         """What went in, of this compression alone."""
-        parts = {"teacher": self.teacher, "start": self.start, "data": self.data, "code": self.code}
+        more = {f"teacher {number}": origin for number, origin in enumerate(self.more_teachers or (), 2)}
+        parts = {"teacher": self.teacher, **more, "start": self.start, "data": self.data, "code": self.code}
         return {part: origin for part, origin in parts.items() if origin is not None}
 
     @property
