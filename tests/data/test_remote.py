@@ -19,7 +19,8 @@ import pytest
 
 from tests.data.test_loader import assert_same, first, reader  # noqa: F401
 from tests.data.test_sources import COLOURS, error_of, everything, png, write_tar
-from tinyclip.data import progress, remote
+from tinyclip import progress
+from tinyclip.data import remote
 from tinyclip.data.cache import Cache
 from tinyclip.data.loader import PairLoader
 from tinyclip.data.sources import open_source

@@ -11,12 +11,13 @@ import json
 import math
 import os
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from braceexpand import braceexpand
@@ -27,15 +28,43 @@ from tinyclip.data.cache import digest, is_remembered, remembered
 from tinyclip.data.decode import BadItem, decode, one_line
 from tinyclip.data.files import check_size
 from tinyclip.data.flags import flags_in
-from tinyclip.data.progress import Scanned
 from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, transfer_of
 from tinyclip.data.spec import DataSpec, is_remote
 from tinyclip.data.texts import Words
+from tinyclip.progress import Display
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WINDOW_SHARDS = 8
+FEW_SHARDS = 8  # to read for their index: nothing is shown
 INDEX_VERSION = 1
 REMEMBERED_BYTES = 2**22  # a smaller shard on disk is not worth a file: its scan takes some 0.04 s
+
+
+class Scanned:
+    """Counts the shards that are read to be indexed, and shows it where they are many: a remote set can take hours."""
+
+    def __init__(self) -> None:
+        self.done, self.started = 0, time.monotonic()
+        self.display: Display | None = None
+
+    def expect(self, total: int) -> None:
+        """So many in all, as far as is known."""
+        if self.display is not None:
+            self.display.expect(total)
+        elif total > FEW_SHARDS and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first shows it
+            self.display = Display("indexing shards", self.done, total, unit="shards", stays=False)
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.display is not None:
+            self.display.advance(self.done, self.done / max(time.monotonic() - self.started, 1e-9))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.display is not None:
+            self.display.close()
 
 
 class Index(NamedTuple):

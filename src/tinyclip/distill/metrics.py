@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from tinyclip.formats.files import write_text, writing
+from tinyclip.progress import Display
 
 Tracker = Literal["tensorboard", "wandb"]
-SECONDS_PER_LINE = 60  # of progress where there is no terminal
+SHOWN = ("affinity_kl", "contrastive", "feature", "sparsity", "target_sparsity")  # beside the progress
 
 
 class JsonLines:
@@ -97,7 +94,7 @@ class Metrics(Muted):
         self._lines.write(line)
         for tracker in self._trackers:
             tracker(step, line)
-        self._display.describe(values)
+        self._display.note("  ".join(f"{name} {values[name]:.3f}" for name in SHOWN if name in values))
 
     def sync(self) -> None:
         self._lines.sync()
@@ -123,42 +120,3 @@ def _open_tracker(tracker: Tracker, directory: Path, start_step: int) -> Any:
         return lambda step, values: run.log(values, step=step)
     except ImportError as error:
         raise ValueError(f"trackers: {tracker} needs `pip install tinyclip[{tracker}]` ({error})") from error
-
-
-class Display:
-    """On a terminal a bar with pairs/s and the time left; when piped a line a minute."""
-
-    def __init__(self, title: str, done: int, total: int):
-        self._title, self._start, self._total, self._text = title, done, total, ""
-        self._started = self._last_line = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[text]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(title, total=total, completed=done, rate="", text="")
-            self._bar.start()
-
-    def advance(self, done: int, pairs_per_s: float) -> None:
-        rate, now = f"{pairs_per_s:,.0f} pairs/s", time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=rate, text=self._text)
-        elif now - self._last_line >= SECONDS_PER_LINE:
-            self._last_line = now
-            left_s = (now - self._started) / (done - self._start) * (self._total - done)
-            line = f"{self._title}  {done}/{self._total}  {rate}  {left_s / 60:.0f} min left  {self._text}"
-            print(line, file=sys.stderr, flush=True)
-
-    def describe(self, values: Mapping[str, float]) -> None:
-        shown = ("affinity_kl", "contrastive", "feature", "sparsity", "target_sparsity")
-        self._text = "  ".join(f"{name} {values[name]:.3f}" for name in shown if name in values)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -34,11 +34,11 @@ from torch import Tensor
 from tinyclip.config import Config, changes
 from tinyclip.data.loader import Batch, PairLoader, Visit, in_order, view_random
 from tinyclip.data.sources import BadItem, Source
-from tinyclip.distill.metrics import Display
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distributed import ALONE, World, whole
 from tinyclip.formats.files import sync, write_text, writing
 from tinyclip.model import unit
+from tinyclip.progress import Display
 from tinyclip.tokenizer import Tokenizer
 
 ITEMS = 4096  # of a part
@@ -155,7 +155,9 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
     started, done = time.perf_counter(), 0
     mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
     title = f"asking {teacher.name}"
-    display = Display(title, 0, sum(len(asked.items(part)) for part in mine)) if world.is_main and mine else None
+    display = None
+    if world.is_main and mine:
+        display = Display(title, 0, sum(len(asked.items(part)) for part in mine), unit="images")
     for part in mine:
         embedded = []
         for few in asked.embed(part, workers):
