@@ -1,4 +1,4 @@
-"""Where a benchmark runs: how many threads, and which fp32 products. Both sides of a comparison get the same."""
+"""Where a benchmark runs: threads, fp32 products, and freed memory. Both sides of a comparison get the same."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import platform
 
 import torch
 
-from tinyclip.device import prepare_cpu
+from tinyclip.device import keep_freed_memory, use_fast_cpu_products
 
 
-def prepare(threads: int, **more: object) -> None:
-    """Set the threads and the products, and print them with the machine, torch's version and `more`: a line of JSON."""
+def prepare(threads: int, *, keep_memory: bool = True, **more: object) -> None:
+    """Set up the process as the commands do, and print how with the machine, torch's version and `more`, as JSON.
+
+    `keep_memory=False` leaves freed memory to the allocator, as in a program that does not ask for it.
+    """
     torch.set_num_threads(threads)
-    fast = prepare_cpu()
+    fast, kept = use_fast_cpu_products(), keep_memory and keep_freed_memory()
     row = {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": threads}
-    row |= {"fp32 products": "oneDNN" if fast else "torch's default", "torch": torch.__version__}
+    row |= {"fp32 products": "oneDNN" if fast else "torch's default"}
+    row |= {"freed memory": "kept" if kept else "the allocator's", "torch": torch.__version__}
     print(json.dumps(row | more), flush=True)

@@ -33,11 +33,13 @@ from torch.nn import functional as F
 
 from tinyclip.data.loader import Inputs
 from tinyclip.distill.objective import Objective, total_loss
+from tinyclip.distill.teacher import Teacher
 from tinyclip.distill.train import TrainConfig, backward
 from tinyclip.formats import zoo
 from tinyclip.formats.open_clip import config_to_open_clip, from_open_clip, to_open_clip
 from tinyclip.model import CLIP, initialise
 from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
 
 SCALE = 50.0
 WARM_UP = 3  # rounds: until then, memory that the process asks for is new to the machine
@@ -126,9 +128,11 @@ def contenders(student: CLIP, teacher: CLIP, inputs: Inputs, precision: str) -> 
             objective, image_BE, text_BE, scale, [(*target, SCALE)], None
         )
 
+    asked = Teacher("", preprocess, Tokenizer.openai(77), teacher.config.embed_dim, SCALE, teacher)
+
     def embed(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), autocast:
-            return teacher(inputs.pixels, inputs.tokens)
+        with autocast:
+            return asked.embed(inputs.pixels, inputs.tokens)
 
     def live(model: nn.Module, inputs: Inputs) -> None:
         backward(model, inputs, None, ours(embed(inputs)), config)

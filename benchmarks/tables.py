@@ -18,7 +18,8 @@ def machine(name: str) -> str:
     """Where a benchmark ran, one sentence."""
     here, *_ = _lines(name)
     libraries = ", ".join(f"{key} {here[key]}" for key in ("torch", "open_clip") if key in here)
-    return f"{here['threads']} threads, {here['machine']}, {libraries}, fp32 products by {here['fp32 products']}."
+    setting = f"fp32 products by {here['fp32 products']}, freed memory {here['freed memory']}"
+    return f"{here['threads']} threads, {here['machine']}, {libraries}, {setting}."
 
 
 def step() -> Iterator[list[str]]:

@@ -202,6 +202,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(centred * share.rsqrt(), self.normalized_shape, weight_D, bias_D, self.eps).to(input.dtype)
 
 
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear. On a CPU the bias follows the product: torch would fill the output with it and read that back."""
+    if bias is None or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight)
+    return y.add_(bias.to(y.dtype))
+
+
 class OutputBias(nn.Module):
     """A branch that lost all its heads or neurons: what is left of it is its output bias."""
 
@@ -224,16 +237,22 @@ def attend(
     With `last_B`, row b attends to positions up to last_B[b] only.
     At CLIP's lengths SDPA's CPU kernel is several times slower, forward and backward: benchmarks/attention.py.
     """
-    L, device = k_BHLK.shape[-2], q_BHQK.device
-    seen = None if last_B is None else (torch.arange(L, device=device) <= last_B[:, None])[:, None, None]
+    (B, H, Q, K), L, device = q_BHQK.shape, k_BHLK.shape[-2], q_BHQK.device
+    seen = None if last_B is None else torch.arange(L, device=device) <= last_B[:, None]
     if device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BHQK, k_BHLK, v_BHLK, attn_mask=seen, is_causal=causal)
-    score_BHQL = (q_BHQK * q_BHQK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
+        mask = None if seen is None else seen[:, None, None]
+        return F.scaled_dot_product_attention(q_BHQK, k_BHLK, v_BHLK, attn_mask=mask, is_causal=causal)
+    q_GQK, k_GLK, v_GLK = (x.flatten(0, 1) for x in (q_BHQK, k_BHLK, v_BHLK))  # G = B H
+    mask = None
     if causal:
-        score_BHQL = score_BHQL + torch.full((L, L), -torch.inf, dtype=score_BHQL.dtype).triu(1)
-    if seen is not None:
-        score_BHQL = score_BHQL.masked_fill(~seen, -torch.inf)
-    return score_BHQL.softmax(-1).to(v_BHLK.dtype) @ v_BHLK
+        mask = q_GQK.new_full((L, L), -torch.inf).triu(1)
+    elif seen is not None:
+        mask = q_GQK.new_zeros(B, L).masked_fill(~seen, -torch.inf).repeat_interleave(H, 0)[:, None]
+    if mask is None:
+        score_GQL = torch.bmm(q_GQK * K**-0.5, k_GLK.transpose(1, 2))
+    else:
+        score_GQL = torch.baddbmm(mask, q_GQK, k_GLK.transpose(1, 2), alpha=K**-0.5)
+    return torch.bmm(score_GQL.softmax(-1).to(v_GLK.dtype), v_GLK).view(B, H, Q, K)
 
 
 class Attention(nn.Module):
@@ -243,8 +262,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.causal = heads, head_dim, causal
         self.norm = LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * heads * head_dim)  # rows: q, k, v; in each, head after head
-        self.out = nn.Linear(heads * head_dim, width)
+        self.qkv = Linear(width, 3 * heads * head_dim)  # rows: q, k, v; in each, head after head
+        self.out = Linear(heads * head_dim, width)
 
     def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate_H: Tensor | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x_BLD, width_D)).unflatten(-1, (3, self.heads, self.head_dim))
@@ -258,9 +277,9 @@ class Attention(nn.Module):
             part.split([HK, 2 * HK]) for part in (self.qkv.weight, self.qkv.bias)
         )
         q_BHQK = (
-            F.linear(_rows(normed_BLD, at_B[:, None]), q_weight, q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            linear(_rows(normed_BLD, at_B[:, None]), q_weight, q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         )
-        kv = F.linear(normed_BLD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, self.head_dim))
+        kv = linear(normed_BLD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, self.head_dim))
         k_BHLK, v_BHLK = kv.permute(2, 0, 3, 1, 4).unbind(0)
         y_BHQK = attend(q_BHQK, k_BHLK, v_BHLK, last_B=at_B if self.causal else None)
         return self._leave(y_BHQK, width_D, gate_H)
@@ -277,8 +296,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         self.norm = LayerNorm(width, eps=eps)
-        self.up = nn.Linear(width, ffn)
-        self.down = nn.Linear(ffn, width)
+        self.up = Linear(width, ffn)
+        self.down = Linear(ffn, width)
 
     def forward(self, x_BLD: Tensor, width_D: Tensor | None = None, gate_F: Tensor | None = None) -> Tensor:
         h_BLF = self.up(self.norm(x_BLD, width_D))
@@ -334,7 +353,7 @@ def _gated_linear(layer: nn.Linear, y_BLF: Tensor, width_D: Tensor | None, gate_
     if y_BLF.shape[:-1].numel() < layer.out_features:
         y_BLD = layer(y_BLF * gate_F.to(y_BLF.dtype))
         return y_BLD * width_D.to(y_BLD.dtype)
-    return F.linear(y_BLF, layer.weight * gate_F * width_D[:, None], layer.bias * width_D)
+    return linear(y_BLF, layer.weight * gate_F * width_D[:, None], layer.bias * width_D)
 
 
 class Tower(nn.Module):

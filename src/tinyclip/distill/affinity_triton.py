@@ -231,9 +231,8 @@ class _Scores(NamedTuple):
 
     models: list[tuple[Tensor, Tensor]]  # contiguous; the student's again where there is no teacher
     softmaxes: list[SoftmaxSums]
-    exponents: (
-        Tensor  # fp32 [3, 2]: of the student's first and last softmax and of the teacher's, scale and shift / ln 2
-    )
+    # [3, 2] in fp32: of the student's first softmax, of its last and of the teacher's, scale / ln 2 and shift / ln 2
+    exponents: Tensor
     tile: int
 
     @classmethod

@@ -72,12 +72,10 @@ class Teacher:
     def embed(self, pixels: Tensor, tokens_BL: Tensor, length_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit fp32 embeddings [B, T] of uint8 pixels [B, 3, S, S] and of token ids; lengths as in `CLIP.forward`.
 
-        Those of a CLIP on a CPU have the same bits in any batch, so a stored one is the live one.
+        Those of a CLIP on a CPU have the same bits in any batch, so a stored one is the live one; not under autocast.
         """
-        if self.clip is not None and not self._alike:
-            return self.clip(
-                pixels, tokens_BL, length_B=length_B
-            )  # all the text in one call, cut into chunks by length
+        if self.clip is not None and not self._alike:  # all the text in one call, cut into chunks by length
+            return self.clip(pixels, tokens_BL, length_B=length_B)
         return self.embed_images(pixels), self.embed_texts(tokens_BL)
 
     @torch.no_grad()
@@ -105,9 +103,11 @@ class Teacher:
     def _alike(self) -> bool:
         """Whether every product has one of few shapes, so that a row's sums do not depend on what stands beside it.
 
-        Cheap on a CPU. A GPU would wait for small pieces; a split teacher must be called equally often everywhere.
+        Cheap on a CPU. A GPU would wait for small pieces; a split teacher must be called equally often everywhere;
+        autocast would cast the weights again for every piece, and what is stored is fp32's.
         """
-        return self.clip is not None and self.device.type == "cpu" and not self.sharded
+        on_cpu = self.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return self.clip is not None and on_cpu and not self.sharded
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, *, normalize: bool = False) -> Tensor:
