@@ -134,7 +134,7 @@ def measure(name: str, contenders: Contenders, rounds: int, *, compare: bool = T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="four classes, two rounds")
     parser.add_argument("--only", nargs="+", choices=("classifier", "images", "masks"))

@@ -19,5 +19,5 @@ def prepare(threads: int, *, keep_memory: bool = True, **more: object) -> None:
     fast, kept = use_fast_cpu_products(), keep_memory and keep_freed_memory()
     row = {"machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": threads}
     row |= {"fp32 products": "oneDNN" if fast else "torch's default"}
-    row |= {"freed memory": "kept" if kept else "the allocator's", "torch": torch.__version__}
+    row |= {"freed memory": "kept" if kept else "left to the allocator", "torch": torch.__version__}
     print(json.dumps(row | more), flush=True)
