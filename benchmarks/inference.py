@@ -107,11 +107,13 @@ def mask_steps(pairs: int) -> Contenders:
     return {"masked": lambda: step(True), "dense": lambda: step(False)}
 
 
-def measure(name: str, contenders: Contenders, rounds: int, *, compare: bool = True) -> dict[str, object]:
+def measure(
+    name: str, contenders: Contenders, rounds: int, warm_up: int, *, compare: bool = True
+) -> dict[str, object]:
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     outputs: dict[str, Tensor] = {}
     labels = list(contenders)
-    for number in range(-WARM_UP, rounds):
+    for number in range(-warm_up, rounds):
         for label in labels[number % len(labels) :] + labels[: number % len(labels)]:
             started = time.perf_counter()
             with torch.set_grad_enabled(not compare):
@@ -136,19 +138,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="four classes, two rounds")
+    parser.add_argument("--quick", action="store_true", help="two classes, steps of eight pairs, one round")
     parser.add_argument("--only", nargs="+", choices=("classifier", "images", "masks"))
     options = parser.parse_args()
     prepare(options.threads, open_clip=open_clip.__version__)
-    rounds, num_classes = (2, 4) if options.quick else (options.rounds, options.classes)
+    rounds, warm_up, num_classes, pairs = options.rounds, WARM_UP, options.classes, 32
+    if options.quick:
+        rounds, warm_up, num_classes, pairs = 1, 1, 2, 8
     cases: dict[str, list[tuple[str, Callable[[], Contenders]]]] = {
         "classifier": [(f"classifier of {num_classes} classes x 80 prompts", partial(classifiers, num_classes))],
         "images": [("32 images", partial(image_encoders, 32)), ("1 image", partial(image_encoders, 1))],
-        "masks": [("mask-learning step, 32 pairs", partial(mask_steps, 32))],
+        "masks": [(f"mask-learning step, {pairs} pairs", partial(mask_steps, pairs))],
     }
     for what in options.only or cases:
         for name, contenders in cases[what]:
-            print(json.dumps(measure(name, contenders(), rounds, compare=what != "masks")), flush=True)
+            print(json.dumps(measure(name, contenders(), rounds, warm_up, compare=what != "masks")), flush=True)
 
 
 if __name__ == "__main__":

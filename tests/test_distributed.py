@@ -14,13 +14,16 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from tests.shrink.test_keep import random_gates, tiny_clip
+from tinyclip.data.loader import Inputs
 from tinyclip.distill.affinity import affinity_and_contrastive_loss, affinity_loss, contrastive_loss, feature_loss
 from tinyclip.distill.objective import Objective, total_loss
+from tinyclip.distill.train import TrainConfig, backward
 from tinyclip.distributed import ALONE, World, data_parallel, launched, local_share, world
 
-E, T, PIXELS = 5, 7, 6
+E, T = 5, 7
 UPSTREAM = 7.0  # a loss weight, a gradient scaler
 COUNTS = {  # pairs on each rank: even, uneven, and a rank that ran out of pairs
     1: [(6,)],
@@ -107,65 +110,50 @@ def cases_of(where, counts):
     yield "one long row", error(where, counts, both, [one_long * pairs[0], *pairs[1:]])
 
 
-class Student(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.image, self.text = (nn.Linear(PIXELS, E, bias=False, dtype=torch.float64) for _ in range(2))
-        self.log_scale = nn.Parameter(number(2.0))
-        with torch.no_grad():
-            for seed, tower in enumerate((self.image, self.text)):
-                tower.weight.copy_(unit(E, PIXELS, seed))
-
-    def forward(self, pixels, tokens):
-        towers = (self.image(pixels), self.text(tokens))
-        return *(nn.functional.normalize(x, dim=-1) for x in towers), self.log_scale.exp()
+def student_inputs(N):
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(1, 29, (N, 7), generator=generator)
+    tokens[torch.arange(N), torch.randint(1, 7, (N,), generator=generator)] = 29
+    return Inputs(torch.randn(N, 3, 16, 16, generator=generator, dtype=torch.float64), tokens)
 
 
-def after_a_step(where, inputs, teacher, *, chunk=None, freeze_image=False):
-    """The parameters after one step of SGD on half affinity, half contrast, a tenth features."""
-    student = Student()
+def after_a_step(where, inputs, teacher, *, chunk=None, freeze_image=False, gated=False):
+    """The parameters after one step of SGD on half affinity, half contrast, a tenth features; the gates' gradient."""
+    student = tiny_clip().train()
     student.image.requires_grad_(not freeze_image)
     model = data_parallel(student, where)
     objective = Objective(affinity=0.5, contrastive=0.5, feature=0.1, student_scale="learned")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    project = nn.Linear(E, T, bias=False, dtype=torch.float64).requires_grad_(False)
+    project = nn.Linear(student.config.embed_dim, T, bias=False, dtype=torch.float64).requires_grad_(False)
     with torch.no_grad():
-        project.weight.copy_(unit(T, E, 9))
+        project.weight.copy_(unit(T, student.config.embed_dim, 9))
+    gates = random_gates(student, 0.3, seed=1).map(Tensor.requires_grad_) if gated else None
 
     def loss_of(image, text, scale):
-        return total_loss(objective, image, text, scale, [(*teacher, 50.0)], project, world=where)[0]
+        return total_loss(objective, image, text, scale, [(*teacher, 50.0)], project, world=where)
 
-    if chunk is None:
-        loss_of(*model(*inputs)).backward()
-    else:
-        cached_step(model, loss_of, inputs, chunk)
+    backward(model, inputs, gates, loss_of, TrainConfig(steps=1, batch_size=2, micro_batch_size=chunk))
     optimizer.step()
-    return torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
-
-
-def cached_step(model, loss_of, inputs, chunk):
-    """GradCache: embed without a graph, the loss's gradient of the embeddings, then chunk by chunk; one exchange."""
-    with torch.no_grad():
-        *embedded, scale = model(*inputs)
-    leaves = [x.clone().requires_grad_() for x in (*embedded, scale)]
-    loss_of(*leaves).backward()
-    chunks = list(zip(*(x.split(chunk) for x in (*inputs, leaves[0].grad, leaves[1].grad)), strict=True))
-    for i, (pixels, tokens, d_image, d_text) in enumerate(chunks):
-        last = i == len(chunks) - 1
-        model.require_backward_grad_sync = last
-        image, text, scale = model(pixels, tokens)
-        surrogate = (image * d_image).sum() + (text * d_text).sum() + (scale * leaves[2].grad if last else 0 * scale)
-        surrogate.backward()
+    moved = [parameter.detach().flatten() for parameter in student.parameters()]
+    gates_grad = [] if gates is None else [gate.grad.flatten() for gate in gates.flat() if gate.grad is not None]
+    where.mean_(gates_grad)
+    return torch.cat([*moved, *gates_grad])
 
 
 def step_cases(where, counts):
     """A training step with DDP against one process: the difference of parameters, and that they moved."""
     N, mine = sum(counts), where.own(counts)
-    inputs, teacher = [unit(N, PIXELS, seed) for seed in (4, 5)], embeddings(N)[2:]
-    for name, how in {"step": {}, "step of chunks": {"chunk": 2}, "step, image frozen": {"freeze_image": True}}.items():
+    inputs, teacher = student_inputs(N), embeddings(N)[2:]
+    cases = {
+        "step": {},
+        "step of chunks": {"chunk": 2},
+        "step, image frozen": {"freeze_image": True},
+        "step of chunks with gates": {"chunk": 2, "gated": True},
+    }
+    for name, how in cases.items():
         alone = {key: value for key, value in how.items() if key != "chunk"}
         expected = after_a_step(ALONE, inputs, teacher, **alone)
-        actual = after_a_step(where, [x[mine] for x in inputs], [x[mine] for x in teacher], **how)
+        actual = after_a_step(where, inputs[mine], [x[mine] for x in teacher], **how)
         yield name, (actual - expected).abs().max().item()
 
 

@@ -1,5 +1,6 @@
 """The towers compute what the reference, open_clip and the formulas say, in float64 and float32."""
 
+import math
 import re
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.shrink.test_keep import random_gates, tiny_clip
 from tinyclip.formats.open_clip import config_from_open_clip, config_to_open_clip, from_open_clip, to_open_clip
 from tinyclip.model import CLIP, MACS_PER_CALL, CLIPConfig, initialise, lengths
 from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
 
 GOLDEN_VIT = {
     "embed_dim": 20,
@@ -180,7 +183,9 @@ def test_parameters_are_counted_exactly():
         ({"images": torch.zeros(1, 3, 8, 8)}, r"expected pixels \[B, 3, 16, 16\], got shape \(1, 3, 8, 8\)"),
         ({"images": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "without preprocessing"),
         ({"texts": ["a cat"]}, "without a tokenizer"),
-        ({"texts": torch.zeros(1, 10, dtype=torch.int64)}, r"token ids \[B, L <= 9\], got shape \(1, 10\)"),
+        ({"texts": torch.zeros(1, 10, dtype=torch.int64)}, r"token ids \[B, L\], 1 <= L <= 9, got .* \(1, 10\)"),
+        ({"texts": torch.zeros(2, 0, dtype=torch.int64)}, r"token ids \[B, L\], 1 <= L <= 9, got .* \(2, 0\)"),
+        ({"texts": torch.zeros(1, 9)}, "expected integer token ids .* got torch.float32"),
         ({"texts": torch.tensor([[48, 50]])}, r"token ids in \[0, 50\), got 48 to 50"),
     ],
 )
@@ -188,6 +193,56 @@ def test_wrong_inputs_are_refused(arguments, message):
     model = random_model(small())
     with pytest.raises(ValueError, match=message):
         model.encode_image(**arguments) if "images" in arguments else model.encode_text(**arguments)
+
+
+def test_no_inputs_have_no_embeddings():
+    model = random_model(small())
+    model.preprocess, model.tokenizer = Preprocess(size=16), Tokenizer.openai(9)
+    assert model.encode_image([]).shape == model.encode_text([]).shape == (0, model.config.embed_dim)
+
+
+def test_the_scale_is_at_most_100_and_comes_back_from_there():
+    """In fp32 exp(log(100)) is 100.00001, and what is clipped has no gradient."""
+    model = random_model(small()).float()
+    for saturated in (math.log(100), 4.6052, 7.0):
+        with torch.no_grad():
+            model.logit_scale.fill_(saturated)
+        assert model.scale.item() == 100
+        model.clip_scale_()
+        model.logit_scale.grad = None
+        model.scale.backward()
+        assert 99.999 < model.scale.item() <= 100 and model.logit_scale.grad.item() == pytest.approx(100, rel=1e-5)
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Whether each makes its caller wait: a blocking one to a GPU waits for all that is queued there."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            self.waits.append(not kwargs.get("non_blocking", False))
+        return function(*args, **kwargs)
+
+
+def test_towers_wait_for_no_copy(monkeypatch):
+    """A batch goes through both, in chunks of texts, on a device that computes nothing."""
+    monkeypatch.setitem(MACS_PER_CALL, "cuda", 1.0)
+    for user in ("model", "preprocess"):
+        monkeypatch.setattr(f"tinyclip.{user}.to_device", lambda x, device: x.to(device, non_blocking=True))
+    model = random_model(small())
+    model.preprocess = Preprocess(size=16)
+    model.to("meta")
+    tokens_BL = torch.randint(1, 50, (300, 9))
+    pixels = torch.zeros(300, 3, 16, 16, dtype=torch.uint8, device="meta")
+    with CopiesBetweenDevices() as copies:
+        image_BE, text_BE = model(pixels, tokens_BL.to("meta"), None, lengths(tokens_BL))
+        (image_BE * text_BE).sum().backward()
+    copies.waits.remove(True)  # the tokens, above
+    assert len(copies.waits) == 2 + 8 + 1 and not any(copies.waits)  # mean and std, chunks, their order
 
 
 def test_bad_configs_are_refused():
@@ -253,17 +308,19 @@ def test_texts_in_chunks_of_similar_length_are_the_same_texts(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at inputs' gradients
 def test_compiled_towers_compute_the_same_and_are_compiled_once(monkeypatch):
-    """For any number of pairs and any lengths of texts, gates included."""
+    """For any number of pairs (more and fewer than numbers in a layer) and chunks of texts, gates included."""
     monkeypatch.setattr("tinyclip.model.COMPILER", "aot_eager")  # it traces alike, and needs no C++
+    monkeypatch.setitem(MACS_PER_CALL, "cpu", 4e4)
     model, compiled, generator = tiny_clip(), tiny_clip(), torch.Generator().manual_seed(0)
     compiled.set_compiled(True)
     gates = random_gates(model, 0.3, seed=1)
     try:
-        for stance, pairs in (("default", 64), ("fail_on_recompile", 100), ("fail_on_recompile", 37)):
+        for pairs, num_chunks in ((88, 2), (600, 4), (100, 2), (37, 1), (7, 1)):
             tokens_BL = torch.randint(1, 28, (pairs, 7), generator=generator)
             tokens_BL[torch.arange(pairs), torch.randint(1, 7, (pairs,), generator=generator)] = 29
             pixels = torch.randn(pairs, 3, 16, 16, generator=generator, dtype=torch.float64)
-            torch.compiler.set_stance(stance)
+            assert compiled.text._num_chunks(lengths(tokens_BL).sort().values, tokens_BL.device) == num_chunks
+            torch.compiler.set_stance("default" if pairs == 88 else "fail_on_recompile")
             ours, expected = compiled(pixels, tokens_BL, gates), model(pixels, tokens_BL, gates)
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
             (ours[0] * ours[1]).sum().backward()

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import Config
+from tinyclip.device import to_device
 from tinyclip.model_resnet import ResNetConfig, ResNetGates, ResNetTower, initialise_resnet
 from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 MACS_PER_CALL = {"cpu": 5e7, "cuda": 1e10}  # the price of calling a block once more: LOG.md; of a GPU a guess
 COMPILER = "inductor"
 MAX_SCALE = 100.0  # 1 / temperature is clipped here, as in CLIP (section 2.5)
+LARGEST_LOGIT_SCALE = math.log(MAX_SCALE) - 1e-6  # in fp32, exp(log(100)) is 100.00001
 
 
 class BlockConfig(Config):
@@ -347,10 +349,13 @@ def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
 
 
 def _gated_linear(layer: nn.Linear, y_BLF: Tensor, width_D: Tensor | None, gate_F: Tensor | None) -> Tensor:
-    """layer(y * gate) * width. The gates multiply the weights, or the activations where those are fewer."""
+    """layer(y * gate) * width. The gates multiply the weights, or the activations where those are fewer.
+
+    A compiler would trace each of the two, and it makes the products with activations part of their neighbours.
+    """
     if width_D is None or gate_F is None:
         return layer(y_BLF)
-    if y_BLF.shape[:-1].numel() < layer.out_features:
+    if torch.compiler.is_compiling() or y_BLF.shape[:-1].numel() < layer.out_features:
         y_BLD = layer(y_BLF * gate_F.to(y_BLF.dtype))
         return y_BLD * width_D.to(y_BLD.dtype)
     return linear(y_BLF, layer.weight * gate_F * width_D[:, None], layer.bias * width_D)
@@ -448,12 +453,12 @@ class TextTower(Tower):
             return self(tokens_BL, gates)
         order_B = length_B.argsort(stable=True)
         rows = order_B.tensor_split(self._num_chunks(length_B[order_B], tokens_BL.device))
-        chunks = [tokens_BL[chunk.to(tokens_BL.device), : int(length_B[chunk[-1]])] for chunk in rows]
+        chunks = [tokens_BL[to_device(chunk, tokens_BL.device), : int(length_B[chunk[-1]])] for chunk in rows]
         # One look-up for all: each would have a gradient of the whole table.
         x_D = self.token_embedding(torch.cat([chunk.flatten() for chunk in chunks]))
         embedded = x_D.split([chunk.numel() for chunk in chunks])
         parts = [self(chunk, gates, x.view(*chunk.shape, -1)) for chunk, x in zip(chunks, embedded, strict=True)]
-        return torch.cat(parts)[order_B.argsort().to(tokens_BL.device)]
+        return torch.cat(parts)[to_device(order_B.argsort(), tokens_BL.device)]
 
     def _num_chunks(self, sorted_B: Tensor, device: torch.device) -> int:
         """The cheapest: more chunks leave less padding, and every one is a call of every block."""
@@ -494,7 +499,12 @@ class CLIP(nn.Module):
     @property
     def scale(self) -> Tensor:
         """1 / temperature = exp(logit_scale), at most 100."""
-        return self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        return self.logit_scale.exp().clamp(max=MAX_SCALE)  # the other way around, fp32 gives 100.00001
+
+    @torch.no_grad()
+    def clip_scale_(self) -> None:
+        """Put a trained logit_scale back to where it has a gradient: at its largest, `scale` is 100."""
+        self.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
 
     @property
     def device(self) -> torch.device:
@@ -535,7 +545,9 @@ class CLIP(nn.Module):
             if self.preprocess is None:
                 raise ValueError("this model came without preprocessing: expected pixels, got PIL images")
             pictures = images if isinstance(images, Sequence) else [images]
-            images = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
+            size = self.config.image.image_size
+            views = [self.preprocess(picture) for picture in pictures]
+            images = (torch.stack(views) if views else torch.empty(0, 3, size, size)).to(self.device)
         # A NaN is both least and greatest; `isfinite` of every pixel takes a sixteenth of the whole encoder's time.
         if images.is_floating_point() and images.numel() and not all(map(torch.isfinite, images.aminmax())):
             broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
@@ -553,8 +565,9 @@ class CLIP(nn.Module):
                 raise ValueError("this model came without a tokenizer: expected token ids, got strings")
             texts = self.tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
         config = self.config.text
-        if texts.ndim != 2 or texts.shape[1] > config.context_length:
-            raise ValueError(f"expected token ids [B, L <= {config.context_length}], got shape {tuple(texts.shape)}")
+        if texts.is_floating_point() or texts.ndim != 2 or not 1 <= texts.shape[1] <= config.context_length:
+            expected = f"expected integer token ids [B, L], 1 <= L <= {config.context_length}"
+            raise ValueError(f"{expected}, got {texts.dtype} of shape {tuple(texts.shape)}")
         if texts.numel() and not (int(texts.min()) >= 0 and int(texts.max()) < config.vocab_size):
             raise ValueError(
                 f"expected token ids in [0, {config.vocab_size}), got {int(texts.min())} to {int(texts.max())}"

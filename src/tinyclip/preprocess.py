@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyclip.data.decode import Jpeg
+from tinyclip.device import to_device
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; open_clip/constants.py
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -79,8 +80,7 @@ class Preprocess(BaseModel):
 
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32 (pixels / 255 - mean) / std, contiguous, on the pixels' device."""
-        mean = torch.tensor(self.mean, device=pixels_BCHW.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels_BCHW.device).view(3, 1, 1)
+        mean, std = (to_device(torch.tensor(c), pixels_BCHW.device).view(3, 1, 1) for c in (self.mean, self.std))
         return (pixels_BCHW.contiguous() / 255).sub_(mean).div_(std)
 
     def same_pixels(self, other: Preprocess) -> bool:

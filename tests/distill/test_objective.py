@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyclip.distill.affinity import affinity_loss_reference
 from tinyclip.distill.objective import Objective, projection, total_loss
+from tinyclip.model import MAX_SCALE
 
 B, E, T = 5, 4, 6
 LEARNED, TEACHERS_OWN = 14.0, 80.0
@@ -183,6 +184,7 @@ class ScalarReads(TorchDispatchMode):
         {"contrastive": 1.0},
         {"contrastive": 1.0, "student_scale": "learned", "teacher_scale": "teacher"},
         {"student_scale": 100.0},
+        {"teacher_scale": "teacher"},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -191,6 +193,6 @@ def test_no_step_waits_for_the_device(settings, dtype):
     scale = torch.tensor(LEARNED, dtype=dtype, requires_grad=True)
     teacher = [x.to(dtype) for x in SAME_SIZE_TEACHER]
     with ScalarReads() as mode:
-        loss, _ = total_loss(Objective(**settings), image, text, scale, [(*teacher, 100.0)], None)
+        loss, _ = total_loss(Objective(**settings), image, text, scale, [(*teacher, MAX_SCALE)], None)
         loss.backward()
     assert mode.reads == 0

@@ -27,6 +27,7 @@ def test_a_class_is_the_mean_over_synonyms_and_templates(model):
     texts = model.encode_text(["red", "green red.", "yellow", "green yellow."], normalize=True)
     torch.testing.assert_close(first, torch.nn.functional.normalize(texts.mean(0), dim=0))
     assert second.norm().item() == pytest.approx(1) and not second.requires_grad
+    assert torch.equal(classifier(model, ["red", "blue"], templates), classifier(model, [["red"], ["blue"]], templates))
 
 
 def test_a_labelled_source_is_scored(model, pictures):

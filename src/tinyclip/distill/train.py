@@ -321,6 +321,8 @@ class _State:
             elif is_finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.config.objective.learns_scale:
+            self.student.clip_scale_()
         if self.average is not None:
             self.average.update(self.step + 1)
 

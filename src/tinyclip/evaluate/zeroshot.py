@@ -73,8 +73,8 @@ class Answers(NamedTuple):
     is_class_IC: Tensor | None = None  # bool, where images have several classes: label_I is then one of them
 
 
-def classifier(model: Model, class_names: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
-    """Unit vectors [C, E], one for each class given as its synonyms.
+def classifier(model: Model, class_names: Sequence[str | Sequence[str]], templates: Sequence[str]) -> Tensor:
+    """Unit vectors [C, E], one for each class given by its name or as its synonyms.
 
     Raises ValueError for a model without a text tower, fewer than two classes, a class without a name, no template, or
     a template without {}.
@@ -85,11 +85,12 @@ def classifier(model: Model, class_names: Sequence[Sequence[str]], templates: Se
         raise ValueError(f"zero-shot: expected at least 2 classes with a name each, got {list(class_names)}")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError(f'zero-shot: expected templates like "a photo of a {{}}.", got {list(templates)}')
-    texts = [template.replace("{}", name) for names in class_names for name in names for template in templates]
-    texts_per_class_C = torch.tensor([len(names) * len(templates) for names in class_names])
-    class_of_text_T = torch.arange(len(class_names)).repeat_interleave(texts_per_class_C)
+    synonyms = [[names] if isinstance(names, str) else names for names in class_names]
+    texts = [template.replace("{}", name) for names in synonyms for name in names for template in templates]
+    texts_per_class_C = torch.tensor([len(names) * len(templates) for names in synonyms])
+    class_of_text_T = torch.arange(len(synonyms)).repeat_interleave(texts_per_class_C)
     text_TE = embed_texts(model, texts)
-    sum_CE = text_TE.new_zeros(len(class_names), text_TE.shape[1]).index_add_(0, class_of_text_T, text_TE)
+    sum_CE = text_TE.new_zeros(len(synonyms), text_TE.shape[1]).index_add_(0, class_of_text_T, text_TE)
     return F.normalize(sum_CE, dim=-1)
 
 
