@@ -107,9 +107,7 @@ def mask_steps(pairs: int) -> Contenders:
     return {"masked": lambda: step(True), "dense": lambda: step(False)}
 
 
-def measure(
-    name: str, contenders: Contenders, rounds: int, warm_up: int, *, compare: bool = True
-) -> dict[str, object]:
+def measure(name: str, contenders: Contenders, rounds: int, warm_up: int, *, compare: bool = True) -> dict[str, object]:
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     outputs: dict[str, Tensor] = {}
     labels = list(contenders)

@@ -15,6 +15,7 @@ import tinyclip
 from tinyclip.compress import compress
 from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec
+from tinyclip.distill.checkpoints import Checkpoints
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
@@ -190,6 +191,48 @@ def test_bad_pairs_are_counted_in_the_line_of_a_stage_and_named_in_a_file(tmp_pa
         line["key"] for line in map(json.loads, (run / "0-train/distill/skipped.jsonl").read_text().splitlines())
     }
     assert skipped == "broken.png" and "bad pairs skipped" in lines[-1]
+
+
+def test_bad_pairs_are_counted_over_all_calls_of_a_run(tmp_path):
+    """Three of forty are more than a twentieth, wherever a run was cut off. A higher limit lets it continue."""
+    rows = ["file\tcaption"]
+    for index in range(40):
+        if index % 16 == 3:
+            (tmp_path / f"{index}.png").write_bytes(b"not a picture")
+        else:
+            open_source(DATA.train).image(index).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png\tpicture {index}")
+    (tmp_path / "list.tsv").write_text("\n".join(rows) + "\n")
+
+    def call(run, limit):
+        data = DataConfig(train=DataSpec.parse(str(tmp_path / "list.tsv")), max_bad_share=limit)
+        stage = Stage(name="train", distill=phase(8, objective=CONTRASTIVE))
+        recipe = teacher_recipe().model_copy(update={"data": data, "stages": (stage,)})
+        return compress(recipe, tmp_path / run, say=lambda _: None)
+
+    with pytest.raises(ValueError, match=r"3 of 40 items are bad, the limit is 5.0%: .*png: "):
+        call("run", 0.05)
+    assert Checkpoints(tmp_path / "run/0-train/distill").latest() is not None
+    with pytest.raises(ValueError, match=r"3 of 40 items are bad, the limit is 5.0%"):
+        call("run", 0.05)
+    assert (call("run", 0.1) / "model.safetensors").read_bytes() == (
+        call("whole", 0.1) / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_goes_on_elsewhere_but_not_with_other_data_or_another_teacher(teacher, tmp_path):
+    recipe, run = student_recipe(teacher), tmp_path / "run"
+    compress(recipe, run, say=lambda _: None)
+
+    def call(**changes):
+        compress(recipe.model_copy(update=changes), run, say=lambda _: None)
+
+    call(device="cpu", data=DATA.model_copy(update={"workers": 1, "max_bad_share": 0.5}))
+    inputs = json.loads((run / "inputs.json").read_text())
+    for name, other in (("images", 3), ("teachers", ["0" * 64])):
+        (run / "inputs.json").write_text(json.dumps(inputs | {name: other}))
+        with pytest.raises(ValueError, match=f"run began with other data or another teacher; changed: {name}"):
+            call()
 
 
 def test_two_calls_do_not_work_on_one_run(teacher, tmp_path):

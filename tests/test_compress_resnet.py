@@ -7,7 +7,7 @@ import tinyclip
 from tests.test_compress import CONTRASTIVE, DATA, EVALUATION, phase, weights
 from tinyclip.compress import compress
 from tinyclip.data.loader import Inputs
-from tinyclip.distill.train import Interrupted, backward
+from tinyclip.distill.train import backward
 from tinyclip.formats.export import export
 from tinyclip.model import unit
 from tinyclip.model_resnet import ResNetConfig
@@ -16,6 +16,7 @@ from tinyclip.run import results
 from tinyclip.shrink.inherit import Inherit
 from tinyclip.shrink.masks import LearnMasks
 from tinyclip.start import Scratch
+from tinyclip.stopping import Interrupted
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tinyclip.distill.train import Interrupted
     from tinyclip.distributed import World
     from tinyclip.model import CLIP
     from tinyclip.recipe import Recipe
+    from tinyclip.stopping import Interrupted
 
 app = typer.Typer(
     help="Make CLIP models small: weight inheritance and affinity mimicking, stage by stage.",
@@ -546,8 +546,8 @@ def _end(stop: Stopped | Interrupted) -> NoReturn:
 
 
 def _main_command(stops: Sequence[Stopped]) -> None:
-    from tinyclip.distill.train import Interrupted
     from tinyclip.distributed import MainFailed
+    from tinyclip.stopping import Interrupted
 
     warnings.filterwarnings("ignore", category=UserWarning)
     debug = "--debug" in sys.argv

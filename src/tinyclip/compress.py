@@ -60,8 +60,10 @@ def compress(
     for reason, count in left_out(source).items():
         say(f"{source.name}: {count:,} left out: {reason}")
     setup = Setup(recipe, source, teachers, student.config.prunable_params, say, world)
+    inputs = run.inputs_of(source, teachers)
     world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
     with run.exclusive(run_dir, world):
+        world.on_main(run.claim_inputs, run_dir, inputs)
         world.on_main(run.record_start, run_dir, student)
         record_teacher(teachers, run_dir, setup)
         if recipe.store is not None:

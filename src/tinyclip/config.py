@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -16,9 +17,9 @@ class Config(BaseModel):
 NUM_NAMED = 5  # changed settings that an error names
 
 
-def changes(before: Any, after: Any) -> str:
-    """The first few of `difference` in one line; empty where the settings are the same."""
-    changed = difference(before, after)
+def changes(before: Any, after: Any, *, free: Sequence[str] = ()) -> str:
+    """The first few of `difference` in one line; empty where the settings are the same but for `free` ones."""
+    changed = [line for line in difference(before, after) if line.partition(": ")[0] not in free]
     more = f"; and {len(changed) - NUM_NAMED} more" if len(changed) > NUM_NAMED else ""
     return "; ".join(changed[:NUM_NAMED]) + more
 

@@ -49,7 +49,8 @@ def stored(
     """Each teacher's embeddings of the recipe's data, made where they are not there yet."""
     assert recipe.store is not None, "asked for by the caller"
     path = Path(recipe.store.path) if recipe.store.path else run_dir / "teacher-store"
-    how = {"crop_scale": recipe.data.crop_scale, "workers": recipe.data.workers, "say": say, "world": world}
+    how = {"crop_scale": recipe.data.crop_scale, "max_bad_share": recipe.data.max_bad_share}
+    how |= {"workers": recipe.data.workers, "say": say, "world": world}
     places = [path if number == 0 else path / f"teacher-{number + 1}" for number in range(len(teachers))]
     return [
         store_teacher(teacher, source, recipe.store, place, **how)

@@ -1,6 +1,7 @@
 """What a run leaves on disk, and how a second call finds it again.
 
-RUN/recipe.yaml         the resolved recipe; a run continues only under the same one
+RUN/recipe.yaml         the resolved recipe; a run continues only under the same one, but for where and how it computes
+RUN/inputs.json         the number of images and the teachers' weights that it began with
 RUN/.lock               held while a call works on the run
 RUN/start.json          the shape of the model that the first stage cuts
 RUN/calls.jsonl         by which command and on what machine each stage was worked on, and for how long
@@ -20,7 +21,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -33,14 +34,17 @@ from filelock import FileLock, Timeout
 
 from tinyclip import __version__
 from tinyclip.config import changes
+from tinyclip.data.sources import Source
 from tinyclip.distill.checkpoints import Checkpoints
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distill.train import Outcome
 from tinyclip.distributed import ALONE, World
 from tinyclip.evaluate import cost
 from tinyclip.formats import checkpoint
-from tinyclip.formats.files import write_text, writing
+from tinyclip.formats.files import read_json, write_text, writing
 from tinyclip.model import CLIP
+
+FREE = ("device", "data.workers", "data.max_bad_share")  # another call of the same run may have others
 
 
 def claim(run_dir: Path, settings: dict[str, Any]) -> None:
@@ -53,12 +57,26 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> None:
             before = None
         if not isinstance(before, dict):
             raise ValueError(f"{path}: damaged, expected the recipe of a run to continue")
-        if changed := changes(before, settings):
+        if changed := changes(before, settings, free=FREE):
             raise ValueError(f"{run_dir} holds a run of another recipe; changed: {changed}")
         return
     if run_dir.exists() and (not run_dir.is_dir() or any(p.name != f".{path.name}.tmp" for p in run_dir.iterdir())):
         raise ValueError(f"{run_dir}: expected a new directory or a run to continue, found neither (no recipe.yaml)")
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def inputs_of(source: Source, teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """What a recipe names and does not hold. Of the data it is the number of images, which decides the order."""
+    return {"images": len(source), "teachers": [teacher.weights_sha256 for teacher in teachers]}
+
+
+def claim_inputs(run_dir: Path, inputs: dict[str, Any]) -> None:
+    """Write inputs.json, or raise ValueError where the run began with others."""
+    path = run_dir / "inputs.json"
+    if not path.exists():
+        write_text(path, json.dumps(inputs, indent=2))
+    elif changed := changes(read_json(path), inputs):
+        raise ValueError(f"{run_dir} began with other data or another teacher; changed: {changed}; use another --run")
 
 
 @contextmanager

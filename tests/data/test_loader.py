@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyclip.data.loader import EvalBatches, PairLoader, Reader, crop_box
+from tinyclip.data.loader import EvalBatches, PairLoader, Reader, check_share_of_bad, crop_box
 from tinyclip.data.scenes import Scenes
 from tinyclip.data.sources import BadItem, open_source
 from tinyclip.distributed import World
@@ -139,7 +139,7 @@ def test_aspects_of_a_square_picture_are_spread_around_one():
 def test_bad_items_are_left_out_and_listed(reader):
     source = Toy(12, corrupt={3}, silent={7})
     for workers in (0, 1):
-        batches = first(PairLoader(source, [reader], batch_size=6, seed=0, max_bad_share=0.5, workers=workers), 2)
+        batches = first(PairLoader(source, [reader], batch_size=6, seed=0, workers=workers), 2)
         skipped = sorted(skip for batch in batches for skip in batch.skipped)
         assert skipped == [("item 3", "corrupt"), ("item 7", "no caption")]
         for batch in batches:
@@ -147,11 +147,17 @@ def test_bad_items_are_left_out_and_listed(reader):
             assert len(batch.keys) == 6 - len(batch.skipped)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_items_are_an_error_with_examples(reader, workers):
-    loader = PairLoader(Toy(200, corrupt=range(0, 200, 10)), [reader], batch_size=50, seed=0, workers=workers)
-    with pytest.raises(ValueError, match=r"^toy: \d+ of 100 items are bad, the limit is 1.0%: item \d+: corrupt; .*$"):
-        first(loader, 9)
+@pytest.mark.parametrize(
+    "num_bad, num_seen, enough, too_many",
+    [(2, 100, 400, True), (1, 100, 400, False), (9, 99, 400, False), (1, 12, 12, True), (11, 11, 12, False)],
+)
+def test_too_many_bad_items_are_an_error_with_examples(num_bad, num_seen, enough, too_many):
+    skipped = [(f"item {number}", "corrupt") for number in range(4)]
+    if not too_many:
+        return check_share_of_bad("toy", num_bad, num_seen, enough, 0.01, skipped)
+    named = "; ".join(f"item {number}: corrupt" for number in range(3))
+    with pytest.raises(ValueError, match=rf"^toy: {num_bad} of {num_seen} items are bad, the limit is 1.0%: {named}$"):
+        check_share_of_bad("toy", num_bad, num_seen, enough, 0.01, skipped)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

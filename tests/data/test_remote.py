@@ -354,7 +354,7 @@ def test_a_shard_that_is_lost_stops_a_run_and_is_no_bad_item(folder, cache, read
         forget(cache)
         (folder / "3.tar").unlink()
         with pytest.raises(ValueError, match=f"^{web.url}/3.tar: "):
-            first(PairLoader(source, [reader], batch_size=3, seed=0, max_bad_share=1.0), SHARDS)
+            first(PairLoader(source, [reader], batch_size=3, seed=0), SHARDS)
 
 
 class Terminal(io.StringIO):

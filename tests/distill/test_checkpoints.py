@@ -184,8 +184,9 @@ def test_a_phase_of_other_settings_is_refused_with_the_difference(tmp_path):
     with pytest.raises(ValueError, match=r"other training settings: seed: 0 -> 1; use another --run or delete it"):
         trained(tmp_path, seed=1)
     config, source = phase(4, objective=CONTRASTIVE, lr=1e-3), open_source(DATA.train)
-    other = DATA.model_copy(update={"max_bad_share": 0.5, "workers": 3})  # workers change nothing
-    with pytest.raises(ValueError, match=r"settings: lr: 0.0005 -> 0.001; data.max_bad_share: 0.01 -> 0.5; use"):
+    free = {"max_bad_share": 0.5, "workers": 3}  # they change no step
+    other = DATA.model_copy(update={"crop_scale": (0.5, 1.0), **free})
+    with pytest.raises(ValueError, match=r"settings: lr: 0.0005 -> 0.001; data.crop_scale.0: 0.9 -> 0.5; use"):
         train(tiny_clip(), source, other, config, tmp_path)
 
 

@@ -10,13 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.distill.test_train import tiny_clip
 from tests.test_compress import DATA, phase, teacher_recipe
 from tinyclip.compress import compress
 from tinyclip.data.loader import PairLoader
-from tinyclip.data.sources import open_source
+from tinyclip.data.mixture import Mixture
+from tinyclip.data.sources import jpeg_sides, open_source
 from tinyclip.distill import store as store_module
 from tinyclip.distill.objective import Objective, total_loss
 from tinyclip.distill.store import StoreConfig, store_teacher
@@ -27,6 +29,7 @@ from tinyclip.embed import embed
 from tinyclip.formats import checkpoint
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.shrink.inherit import Inherit
+from tinyclip.stopping import Interrupted
 
 SOURCE = open_source("scenes?count=37")
 
@@ -43,9 +46,11 @@ def teacher(tmp_path_factory):
     return load_teacher(str(checkpoint.save(tiny_clip(), tmp_path_factory.mktemp("teacher") / "model")))
 
 
-def build(teacher, directory, source=SOURCE, crop_scale=(0.5, 1.0), workers=0, world=ALONE, say=str, **settings):
+def build(
+    teacher, directory, source=SOURCE, crop_scale=(0.5, 1.0), bad=0.01, workers=0, world=ALONE, say=str, **settings
+):
     config = StoreConfig(**({"views": 2, "dtype": "fp32", "batch_size": 5} | settings))
-    how = {"crop_scale": crop_scale, "workers": workers, "world": world, "say": say}
+    how = {"crop_scale": crop_scale, "max_bad_share": bad, "workers": workers, "world": world, "say": say}
     return store_teacher(teacher, source, config, directory, **how)
 
 
@@ -121,6 +126,39 @@ def test_a_store_in_pieces_is_the_store_at_once(teacher, tmp_path):
     assert content(tmp_path / "grown") == expected
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("stopped_by", ["SIGTERM", "kill -9"])
+def test_a_part_goes_on_where_it_was_cut_off(teacher, tmp_path, monkeypatch, stopped_by, dtype):
+    """In the middle of the second part of ten, of which a kill loses what was not yet written."""
+    expected = content(build(teacher, tmp_path / "whole", dtype=dtype).directory)
+    if stopped_by == "kill -9":
+        monkeypatch.setattr(store_module, "UNWRITTEN_S", 0.0)
+    read, reads = store_module._read, []
+
+    def stop_at_the_sixth(*args):
+        reads.append(args)
+        if len(reads) == 6:
+            os.kill(os.getpid(), signal.SIGTERM if stopped_by == "SIGTERM" else signal.SIGKILL)
+        return read(*args)
+
+    child = os.fork()
+    if child == 0:
+        store_module._read = stop_at_the_sixth
+        try:
+            build(teacher, tmp_path / "store", dtype=dtype)
+        except Interrupted as stop:
+            os._exit(stop.signal_number)
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert (os.WTERMSIG(status) or os.WEXITSTATUS(status)) == (9 if stopped_by == "kill -9" else signal.SIGTERM)
+    rows = len(load_file(tmp_path / "store" / "000001.safetensors")["key"])
+    assert rows == (3 if stopped_by == "kill -9" else 6)
+    monkeypatch.setattr(store_module, "_read", lambda *args: reads.append(args) or read(*args))
+    build(teacher, tmp_path / "store", dtype=dtype)
+    assert [start for *_, start in reads][:2] == [10 + rows, 13 + rows]
+    assert content(tmp_path / "store") == expected
+
+
 class Apart(World):
     """One of several processes, whose meetings are not waited for."""
 
@@ -129,6 +167,9 @@ class Apart(World):
 
     def barrier(self):
         pass
+
+    def concatenated(self, items):
+        return items
 
 
 def test_two_runs_that_share_a_store_do_not_write_at_once(teacher, tmp_path):
@@ -198,9 +239,19 @@ def test_a_damaged_part_is_named(teacher, tmp_path):
         build(teacher, tmp_path / "store")
 
 
-def test_an_item_that_cannot_be_read_is_left_out_of_both(teacher, tmp_path):
-    from PIL import Image
+def test_a_store_of_images_that_are_decoded_otherwise_is_refused(teacher, tmp_path):
+    for name in "ab":
+        Image.new("RGB", (400, 400), (90, 0, 0)).save(tmp_path / f"{name}.jpg")
+    (tmp_path / "pairs.tsv").write_text("file\tcaption\na.jpg\ta picture\nb.jpg\tanother\n")
+    scaled, whole = (open_source(f"{tmp_path}/pairs.tsv{more}") for more in ("?jpeg_side=40", ""))
+    assert jpeg_sides(scaled) == 40 and jpeg_sides(Mixture([scaled, whole], [1, 1])) == [40, None]
+    build(teacher, tmp_path / "store", scaled)
+    with pytest.raises(ValueError, match="holds other embeddings; changed: jpeg_side: 40 -> None"):
+        build(teacher, tmp_path / "store", whole)
 
+
+def test_an_item_that_cannot_be_read_is_left_out_of_both(teacher, tmp_path):
+    """And counted, when the teacher is asked and when the student learns, though it can be read by then."""
     rows = ["file\tcaption"]
     for number in range(12):
         file = tmp_path / f"{number}.png"
@@ -211,10 +262,19 @@ def test_an_item_that_cannot_be_read_is_left_out_of_both(teacher, tmp_path):
         rows.append(f"{number}.png\tnumber {number}")
     (tmp_path / "pairs.tsv").write_text("\n".join(rows))
     source = open_source(str(tmp_path / "pairs.tsv"))
-    stored = build(teacher, tmp_path / "store", source)
+    with pytest.raises(ValueError, match=r"pairs.tsv: 1 of 12 items are bad, the limit is 1.0%: 4.png: "):
+        build(teacher, tmp_path / "refused", source)
+    said = []
+    stored = build(teacher, tmp_path / "store", source, bad=0.1, say=said.append)
+    assert said[0].startswith("teacher store: 1 images could not be read, and ") and ": 4.png: " in said[0]
     batch = PairLoader(source, [teacher.reader], batch_size=12, seed=0, crop_scale=(0.5, 1.0), views=2).batch(0)
     assert len(batch.keys) == 11 and stored.embeddings(batch)[0].shape == (11, 12)
     Image.new("RGB", (40, 40)).save(tmp_path / "4.png")
+    data = DataConfig(train=DATA.train, crop_scale=(0.5, 1.0), max_bad_share=0.2)
+    outcome = train(tiny_clip(seed=1), source, data, phase(6), tmp_path / "run", teachers=[stored])
+    assert outcome.skipped_pairs > 0 and outcome.pairs + outcome.skipped_pairs == 48
+    skipped = (tmp_path / "run/skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped[0])["reason"] == "could not be read when the teacher was asked"
     batch = PairLoader(source, [teacher.reader], batch_size=12, seed=0, crop_scale=(0.5, 1.0), views=2).batch(0)
     with pytest.raises(ValueError, match=r"4\.png could not be read when it was built"):
         stored.embeddings(batch)

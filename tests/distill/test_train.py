@@ -18,7 +18,6 @@ from tinyclip.distill.checkpoints import Checkpoints, read
 from tinyclip.distill.objective import total_loss
 from tinyclip.distill.teacher import load_teacher
 from tinyclip.distill.train import (
-    Interrupted,
     Masking,
     TrainConfig,
     _Average,
@@ -32,6 +31,7 @@ from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 from tinyclip.start import Scratch, from_scratch
+from tinyclip.stopping import Interrupted
 
 
 def tiny_clip(seed: int = 0) -> CLIP:

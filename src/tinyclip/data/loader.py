@@ -1,7 +1,7 @@
 """Sources -> batches. What training batch number `step` holds is a pure function of (seed, step).
 
 So a resumed run sees the batches that it would have seen, and the number of workers changes nothing. An item that
-cannot be read is left out of its batch and listed; too many of them are an error.
+cannot be read is left out of its batch and listed; `check_share_of_bad` is for whoever counts them.
 
 Shape legend: B pairs, L tokens, S the side of the square picture that a model reads.
 """
@@ -29,6 +29,7 @@ from tinyclip.preprocess import Preprocess, stack
 from tinyclip.tokenizer import Tokenizer
 
 ASPECTS = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision's RandomResizedCrop
+MANY = 100  # items, of which a share of bad ones says something
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 Skipped = list[tuple[str, str]]  # (key, reason) of items that cannot be read
 T = TypeVar("T")
@@ -77,12 +78,12 @@ class PairLoader:
     A visit to an item draws one of its captions and one crop, the same for all readers: a share `crop_scale` of the
     picture's area, 3/4 to 4/3 wide. crop_scale=(1, 1) gives the evaluation view instead. With `views` there are so many
     crops of a picture, and epochs take turns: a crop is then a function of the picture's key and the view's number.
+    Items, by number, that `may_show` denies are bad: a store's teacher could not read them.
 
     On several processes (`world`) each reads its share of every batch.
 
     Raises ValueError for a batch larger than the source or smaller than `world`; while iterating, for a batch with
-    fewer than two readable pairs (a share with none), and when more than `max_bad_share` of the items seen are bad
-    (after 100 items, or an epoch of fewer).
+    fewer than two readable pairs (a share with none).
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class PairLoader:
         seed: int,
         workers: int = 0,
         crop_scale: tuple[float, float] = (0.9, 1.0),
-        max_bad_share: float = 0.01,
         views: int | None = None,
+        may_show: Callable[[int], bool] | None = None,
         start_step: int = 0,
         world: World = ALONE,
     ) -> None:
@@ -106,8 +107,8 @@ class PairLoader:
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale {crop_scale}: expected two shares of the area, 0 < smallest <= largest <= 1")
         self.source, self.readers, self.batch_size, self.seed = source, tuple(readers), batch_size, seed
-        self.workers, self.crop_scale, self.max_bad_share = workers, crop_scale, max_bad_share
-        self.views, self.start_step = views, start_step
+        self.workers, self.crop_scale = workers, crop_scale
+        self.views, self.may_show, self.start_step = views, may_show, start_step
         self.share = local_share(batch_size, world)
         self.least_pairs = 2 if world.size == 1 else 1
         self.steps_per_epoch = len(source) // batch_size
@@ -121,18 +122,7 @@ class PairLoader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        seen, skipped = 0, []
-        pairs = self.share.stop - self.share.start
-        enough = min(100, self.steps_per_epoch * pairs)
-        for batch in in_order(self.batch, count(self.start_step), self.workers):
-            seen += pairs
-            skipped += batch.skipped
-            if seen >= enough and len(skipped) > self.max_bad_share * seen:
-                raise ValueError(
-                    f"{self.source.name}: {len(skipped)} of {seen} items are bad, "
-                    f"the limit is {self.max_bad_share:.1%}: {_examples(skipped)}"
-                )
-            yield batch
+        return in_order(self.batch, count(self.start_step), self.workers)
 
     def batch(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -153,7 +143,7 @@ class PairLoader:
         if len(keys) < self.least_pairs:
             raise ValueError(
                 f"{self.source.name}: {len(keys)} readable pairs in batch {step} of {self.batch_size}, "
-                f"needs {self.least_pairs}: {_examples(skipped)}"
+                f"needs {self.least_pairs}{examples(skipped)}"
             )
         pixels = {i: stack([picture[i] for picture in pictures]) for i in set(self._pixels_from)}
         tokens = {i: _tokenize(self.readers[i].tokenizer, captions) for i in set(self._tokens_from)}
@@ -162,6 +152,8 @@ class PairLoader:
 
     def _visit(self, index: int, epoch: int) -> tuple[Visit, str, dict[int, Tensor]]:
         """A caption, and the picture as each distinct reader sees it, uint8 [3, S, S]."""
+        if self.may_show is not None and not self.may_show(index):
+            raise BadItem("could not be read when the teacher was asked")
         random = Random(f"{self.seed}/{epoch}/{index}")
         captions = self.source.captions(index)
         if not captions:
@@ -245,8 +237,15 @@ def _tokenize(tokenizer: Callable[[Sequence[str]], Tensor], captions: list[str])
     return tokens_BL
 
 
-def _examples(skipped: Skipped) -> str:
-    return "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
+def check_share_of_bad(name: str, num_bad: int, num_seen: int, enough: int, limit: float, skipped: Skipped) -> None:
+    """Raises ValueError when more than a share `limit` is bad of the items seen, `enough` or MANY at least."""
+    if num_seen >= min(enough, MANY) and num_bad > limit * num_seen:
+        raise ValueError(f"{name}: {num_bad} of {num_seen} items are bad, the limit is {limit:.1%}{examples(skipped)}")
+
+
+def examples(skipped: Skipped) -> str:
+    """The end of a message."""
+    return ": " * bool(skipped) + "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
 
 
 class _Results(Dataset, Generic[T]):

@@ -22,7 +22,7 @@ from tinyclip.data.shards import Shards
 from tinyclip.data.spec import DataSpec
 from tinyclip.data.tables import open_folders, open_table
 
-__all__ = ["BadItem", "Source", "left_out", "open_source"]
+__all__ = ["BadItem", "Source", "jpeg_sides", "left_out", "open_source"]
 
 OPENERS = {
     "table": open_table,
@@ -70,6 +70,14 @@ def open_source(spec: str | Mapping[str, Any] | DataSpec) -> Source:
     source = OPENERS[spec.kind](spec)
     source.jpeg_side = spec.jpeg_side
     return Filtered(cast(Readable, source), spec) if asks_for_filters(spec) else source
+
+
+def jpeg_sides(source: Source) -> Any:
+    """The spec's jpeg_side, on which pixels depend; of a mixture a list."""
+    members: Sequence[Source] | None = getattr(source, "members", None)
+    if members is not None:
+        return [jpeg_sides(member) for member in members]
+    return getattr(getattr(source, "source", source), "jpeg_side", None)
 
 
 def left_out(source: Source) -> dict[str, int]:

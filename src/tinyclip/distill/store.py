@@ -6,8 +6,9 @@ view's number (`tinyclip.data.loader`), so the student is shown later what the t
     STORE/store.json            what it holds: the teacher, its preprocessing and tokenizer, the crops, the precision
     STORE/000000.safetensors    the first ITEMS items of the data, memory-mapped; 000001.safetensors the next, ...
 
-A part is written whole, so building goes on where it was cut off; processes take turns with parts and need not talk;
-and where data has grown, parts are added. Hashes of keys and captions are stored too, and compared when looked up.
+A part is replaced whole, when it is done and now and then before, so building goes on where it was cut off, and where
+data has grown; processes take turns with parts and need not talk. Hashes of keys and captions are stored too, and
+compared when looked up.
 
 Shape legend: n items of a part, v views, m captions of a part, T teacher embedding.
 """
@@ -15,12 +16,14 @@ Shape legend: n items of a part, v views, m captions of a part, T teacher embedd
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,17 +35,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyclip.config import Config, changes
-from tinyclip.data.loader import Batch, PairLoader, Visit, in_order, view_random
-from tinyclip.data.sources import BadItem, Source
+from tinyclip.data.loader import (
+    Batch,
+    PairLoader,
+    Skipped,
+    Visit,
+    check_share_of_bad,
+    examples,
+    in_order,
+    view_random,
+)
+from tinyclip.data.sources import BadItem, Source, jpeg_sides
 from tinyclip.distill.teacher import Teacher
-from tinyclip.distributed import ALONE, World, whole
+from tinyclip.distributed import ALONE, World
 from tinyclip.formats.files import sync, write_text, writing
 from tinyclip.model import unit
 from tinyclip.progress import Display
+from tinyclip.stopping import Interrupted, stop_requests
 from tinyclip.tokenizer import Tokenizer
 
 ITEMS = 4096  # of a part
 READ_AT_ONCE = 64  # items
+UNWRITTEN_S = 60.0  # seconds of work that a kill -9 can lose
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -78,10 +92,19 @@ class Stored:
             return image_BT, text_BT
         return unit(image_BT.float()), unit(text_BT.float())
 
+    def has(self, index: int) -> bool:
+        """Whether the item could be read when the teacher was asked."""
+        return self._part(index // ITEMS).key(index % ITEMS) != UNREADABLE
+
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
             self._parts[number] = _Part(self.directory / _name(number))
         return self._parts[number]
+
+
+def in_all(stores: Sequence[Stored], index: int) -> bool:
+    """Whether every store has the item."""
+    return all(store.has(index) for store in stores)
 
 
 class _Part:
@@ -100,7 +123,7 @@ class _Part:
     def find(self, key: str, caption: str, visit: Visit) -> tuple[Tensor, Tensor]:
         """The embeddings [T] of one crop and one caption."""
         row, first = visit.index % ITEMS, self.tensors["first"]
-        stored = int(self.tensors["key"][row]) if row < len(self) else None
+        stored = self.key(row)
         if stored != hash_of(key):
             why = "could not be read when it was built" if stored == UNREADABLE else "is not the one it was built with"
             raise ValueError(f"{self.path}: {key} {why}; use another store, or delete this part to build it anew")
@@ -108,6 +131,15 @@ class _Part:
         if place >= end or int(self.tensors["caption"][place]) != hash_of(caption):
             raise ValueError(f"{self.path}: {key} did not have the caption {caption!r} when it was built")
         return self.tensors["image"][row, visit.view], self.tensors["text"][place]
+
+    def key(self, row: int) -> int | None:
+        return int(self.tensors["key"][row]) if row < len(self) else None
+
+    def embedded(self) -> _Embedded:
+        """All of it, to be continued."""
+        keys, captions, counts = (self.tensors[name].tolist() for name in ("key", "caption", "first"))
+        num_captions = [end - start for start, end in itertools.pairwise(counts)]
+        return _Embedded(keys, num_captions, captions, self.tensors["image"].float(), self.tensors["text"].float(), [])
 
     def __len__(self) -> int:
         return len(self.tensors["key"])
@@ -118,7 +150,8 @@ UNREADABLE = 0  # as an item's key
 
 def hash_of(text: str) -> int:
     """63 bits, never UNREADABLE."""
-    return 1 + int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % (2**63 - 1)
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return 1 + int.from_bytes(digest) % (2**63 - 1)
 
 
 def _name(part: int) -> str:
@@ -132,15 +165,18 @@ def store_teacher(
     directory: Path,
     *,
     crop_scale: tuple[float, float],
+    max_bad_share: float = 0.01,
     workers: int = 0,
     world: World = ALONE,
     say: Callable[[str], None] = print,
 ) -> Stored:
     """Embed what `directory` does not hold yet; what is there is used.
 
-    Raises ValueError where it holds another teacher's embeddings, other crops or other data.
+    Items that cannot be read are counted. Raises ValueError where more than `max_bad_share` of the items are such, and
+    where the directory holds another teacher's embeddings, other crops or other data; Interrupted after Ctrl-C or
+    SIGTERM, once what was embedded is written.
     """
-    asked = _Asked(teacher, source, config, crop_scale)
+    asked = _Asked(teacher, source, config, crop_scale, max_bad_share)
     world.on_main(_claim, directory, asked.holds())
     if world.on_main(asked.missing, directory):
         with _alone(directory, world, say):
@@ -152,31 +188,47 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
     """Embed what is missing; processes take turns with parts."""
     teacher, source = asked.teacher, asked.source
     missing = world.on_main(asked.missing, directory)
-    started, done = time.perf_counter(), 0
+    asked.count(*world.on_main(asked.counts, directory), [])
+    started, done, skipped = time.perf_counter(), 0, []
     mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
-    title = f"asking {teacher.name}"
     display = None
     if world.is_main and mine:
-        display = Display(title, 0, sum(len(asked.items(part)) for part in mine), unit="images")
-    for part in mine:
-        embedded = []
-        for few in asked.embed(part, workers):
-            embedded.append(few)
-            done += len(few.keys)
-            if display is not None:
-                display.advance(done, done / (time.perf_counter() - started))
-        if world.is_main or not teacher.sharded:
-            asked.write(directory / _name(part), embedded)
+        display = Display(f"asking {teacher.name}", 0, sum(missing[part] for part in mine), unit="images")
+    with stop_requests() as requests:
+        for part in mine:
+            path = directory / _name(part)
+            embedded, written = asked.begun(path), time.perf_counter()
+            for few in asked.embed(part, sum(len(own.keys) for own in embedded), workers):
+                embedded.append(few)
+                skipped += few.skipped
+                asked.count(len(few.skipped), len(few.keys), skipped)
+                done += len(few.keys)
+                if display is not None:
+                    display.advance(done, done / (time.perf_counter() - started))
+                stop = any(world.sums(len(requests))) if teacher.sharded else bool(requests)
+                if stop or time.perf_counter() - written > UNWRITTEN_S:
+                    asked.write(path, embedded, world)
+                    written = time.perf_counter()
+                if stop:
+                    stopped = f"stopped after asking {teacher.name} about {done:,} images, kept in {directory}"
+                    raise Interrupted(stopped, requests[0] if requests else signal.SIGTERM)
+            asked.write(path, embedded, world)
     if display is not None:
         display.close()
     world.barrier()
+    skipped = skipped if teacher.sharded else world.concatenated(skipped)
+    if skipped:
+        say(
+            f"teacher store: {len(skipped):,} images could not be read, and will not be asked about again unless their "
+            f"part of {directory} is deleted{examples(skipped)}"
+        )
     if missing:
-        rate = sum(len(asked.items(part)) for part in missing) / (time.perf_counter() - started)
+        rate = sum(missing.values()) / (time.perf_counter() - started)
         size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        an_epoch = asked.seconds_a_view * len(source) / max(1, done) / (1 if teacher.sharded else world.size)
         say(
             f"teacher store: {len(source):,} images, {size / 1e6:,.1f} MB, {size / len(source):,.0f} bytes each; "
-            f"{rate:,.1f} images/s"
-            + (f"; every epoch saves about {asked.seconds_a_view * len(source) / done:,.1f} s" if done else "")
+            f"{rate:,.1f} images/s" + (f"; every epoch saves about {an_epoch:,.1f} s" if done else "")
         )
 
 
@@ -222,6 +274,7 @@ class _Items(NamedTuple):
     num_captions: list[int]
     pixels: Tensor | None  # uint8 [readable items * v, 3, S, S]
     captions: list[str]
+    skipped: Skipped
 
 
 class _Embedded(NamedTuple):
@@ -230,13 +283,22 @@ class _Embedded(NamedTuple):
     captions: list[int]
     image_nvT: Tensor
     text_mT: Tensor
+    skipped: Skipped
 
 
 class _Asked:
     """One teacher, one data set, one way to crop."""
 
-    def __init__(self, teacher: Teacher, source: Source, config: StoreConfig, crop_scale: tuple[float, float]):
-        self.teacher, self.source, self.config = teacher, source, config
+    def __init__(
+        self,
+        teacher: Teacher,
+        source: Source,
+        config: StoreConfig,
+        crop_scale: tuple[float, float],
+        max_bad_share: float,
+    ):
+        self.teacher, self.source, self.config, self.max_bad_share = teacher, source, config, max_bad_share
+        self.num_bad = self.num_seen = 0
         self.loader = PairLoader(source, [teacher.reader], batch_size=2, seed=0, crop_scale=crop_scale)
         self.num_parts = math.ceil(len(source) / ITEMS)
         self.seconds_a_view = 0.0  # of the teacher alone, for one crop and one caption of each item so far
@@ -249,49 +311,57 @@ class _Asked:
         return {
             "format": 1,
             "teacher": self.teacher.name,
-            "weights": self._weights,
+            "weights": self.teacher.weights_sha256,
             "preprocess": repr(self.teacher.preprocess),
             "tokenizer": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
             "captions_are_cut": isinstance(tokenizer, Tokenizer),
             "crop_scale": list(self.loader.crop_scale),
+            "jpeg_side": jpeg_sides(self.source),
             "views": self.config.views,
             "dtype": self.config.dtype,
             "precision": self.config.precision,
             "items_per_part": ITEMS,
         }
 
-    @cached_property
-    def _weights(self) -> str:
-        """A sha256 over names, shapes and values."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.teacher.model.state_dict().items()):
-            values = whole(tensor).detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
     def items(self, part: int) -> range:
         return range(part * ITEMS, min((part + 1) * ITEMS, len(self.source)))
 
-    def missing(self, directory: Path) -> list[int]:
-        """The parts that are not there, or have fewer items. Raises ValueError where one is of other data."""
-        return [part for part in range(self.num_parts) if not self._is_whole(directory, part)]
+    def missing(self, directory: Path) -> dict[int, int]:
+        """How many items each part lacks that is not whole. Raises ValueError where one is of other data."""
+        lacks = {part: len(self.items(part)) - self._num_stored(directory, part) for part in range(self.num_parts)}
+        return {part: num_items for part, num_items in lacks.items() if num_items > 0}
 
-    def _is_whole(self, directory: Path, part: int) -> bool:
+    def _num_stored(self, directory: Path, part: int) -> int:
         path = directory / _name(part)
         if not path.exists():
-            return False
+            return 0
         stored, items = _Part(path), self.items(part)
         for row in {0, min(len(stored), len(items)) - 1}:
             key = self.source.key(items[row])
-            if int(stored.tensors["key"][row]) not in (hash_of(key), UNREADABLE):
+            if stored.key(row) not in (hash_of(key), UNREADABLE):
                 raise ValueError(f"{path}: built with other data: item {items[row]} was not {key}; use another store")
-        return len(stored) >= len(items)
+        return len(stored)
 
-    def embed(self, part: int, workers: int) -> Iterator[_Embedded]:
-        """The part's items, a few at a time."""
+    def counts(self, directory: Path) -> tuple[int, int]:
+        """Items that could not be read, and all, of the parts that are there."""
+        paths = [path for part in range(self.num_parts) if (path := directory / _name(part)).exists()]
+        keys = [_Part(path).tensors["key"] for path in paths]
+        return sum(int((own == UNREADABLE).sum()) for own in keys), sum(map(len, keys))
+
+    def count(self, num_bad: int, num_seen: int, skipped: Skipped) -> None:
+        """Raises ValueError where too many cannot be read, of all that this process knows."""
+        self.num_bad, self.num_seen = self.num_bad + num_bad, self.num_seen + num_seen
+        counts = (self.num_bad, self.num_seen, len(self.source))
+        check_share_of_bad(self.source.name, *counts, self.max_bad_share, skipped)
+
+    def begun(self, path: Path) -> list[_Embedded]:
+        """What there is of a part."""
+        return [_Part(path).embedded()] if path.exists() else []
+
+    def embed(self, part: int, begin: int, workers: int) -> Iterator[_Embedded]:
+        """The part's items, a few at a time, from its row `begin` on."""
         items = self.items(part)
-        starts = range(items.start, items.stop, READ_AT_ONCE)
+        starts = range(items.start + begin, items.stop, READ_AT_ONCE)
         for read in in_order(partial(_read, self.loader, self.config.views), starts, workers):
             captions = [hash_of(caption) for caption in read.captions]
             started = time.perf_counter()
@@ -300,9 +370,11 @@ class _Asked:
             texts = self._texts(read.captions)
             self.seconds_a_view += (seen - started) / self.config.views
             self.seconds_a_view += (time.perf_counter() - seen) * len(read.keys) / max(1, len(captions))
-            yield _Embedded(read.keys, read.num_captions, captions, images, texts)
+            yield _Embedded(read.keys, read.num_captions, captions, images, texts, read.skipped)
 
-    def write(self, path: Path, embedded: Sequence[_Embedded]) -> None:
+    def write(self, path: Path, embedded: Sequence[_Embedded], world: World) -> None:
+        if self.teacher.sharded and not world.is_main:  # which has the same
+            return
         dtype = DTYPES[self.config.dtype]
         counts = [count for few in embedded for count in few.num_captions]
         tensors = {
@@ -344,13 +416,14 @@ class _Asked:
 def _read(loader: PairLoader, views: int, start: int) -> _Items:
     """A few items of one part, from number `start` on."""
     source = loader.source
-    keys, num_captions, pixels, captions = [], [], [], []
+    keys, num_captions, pixels, captions, skipped = [], [], [], [], []
     for index in range(start, min(start + READ_AT_ONCE, (start // ITEMS + 1) * ITEMS, len(source))):
         key = source.key(index)
         try:
             texts = list(source.captions(index))
             crops = [loader.picture(index, view_random(key, view))[0] for view in range(views)]
-        except BadItem:
+        except BadItem as error:
+            skipped.append((key, str(error)))
             keys.append(UNREADABLE)
             num_captions.append(0)
             continue
@@ -358,4 +431,4 @@ def _read(loader: PairLoader, views: int, start: int) -> _Items:
         num_captions.append(len(texts))
         pixels += crops
         captions += texts
-    return _Items(keys, num_captions, torch.stack(pixels) if pixels else None, captions)
+    return _Items(keys, num_captions, torch.stack(pixels) if pixels else None, captions, skipped)

@@ -5,9 +5,10 @@ Shape legend: B pairs, L tokens, S side of the picture, T teacher embedding.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyclip.data.loader import Reader
-from tinyclip.distributed import World, shard
+from tinyclip.distributed import World, shard, whole
 from tinyclip.formats import checkpoint
 from tinyclip.formats.files import read_json
 from tinyclip.formats.open_clip import CONFIG_FILE, TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
@@ -53,6 +54,16 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Over names, shapes and values. Of a split teacher all processes must ask at once."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            values = whole(tensor).detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Self:
         """Move the weights, in place."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple, Self
@@ -29,19 +30,20 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tinyclip.config import Config, changes
-from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader
+from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader, check_share_of_bad
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
 from tinyclip.device import to_device
 from tinyclip.distill.checkpoints import Checkpoints, read
 from tinyclip.distill.metrics import Metrics, Muted, Tracker
 from tinyclip.distill.objective import Objective, Target, projection, total_loss
-from tinyclip.distill.store import Stored
+from tinyclip.distill.store import Stored, in_all
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distributed import ALONE, World, data_parallel, unsynchronised
 from tinyclip.model import CLIP, Gates, ImageConfig, lengths
 from tinyclip.model_resnet import frozen_statistics
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
+from tinyclip.stopping import Interrupted, stop_requests
 
 MAX_NON_FINITE_STEPS = 20  # in a row: then the run has diverged
 
@@ -128,14 +130,6 @@ class Masking(NamedTuple):
     rule: LearnMasks
 
 
-class Interrupted(Exception):
-    """The run was asked to stop (`signal_number`), and has saved where it was."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
 class Outcome(NamedTuple):
     steps: int
     pairs: int
@@ -162,7 +156,8 @@ def train(
     With `ema_decay`, `evaluate` sees the averaged weights, and the student ends with them.
 
     The newest checkpoint found there is continued. Raises Interrupted after Ctrl-C or SIGTERM, once the state is saved;
-    ValueError where the objective needs a teacher and there is none, where the data is unfit, or the loss diverges.
+    ValueError where the objective needs a teacher and there is none, where the data is unfit or too much of it is bad,
+    or the loss diverges.
     """
     if config.objective.needs_teacher and not teachers:
         raise ValueError("objective: affinity and feature need a teacher; without one set contrastive=1, affinity=0")
@@ -175,10 +170,10 @@ def train(
         teachers = ()
     readers = [Reader(student.preprocess, student.tokenizer)]
     readers += [teacher.reader for teacher in teachers if isinstance(teacher, Teacher)]
-    views = [teacher.views for teacher in teachers if isinstance(teacher, Stored)]
+    stores = [teacher for teacher in teachers if isinstance(teacher, Stored)]
     state = _State(student, config, masking, teachers, world)
     settings = config.model_dump(mode="json") | {"seed": seed}  # those that decide what a step does
-    settings["data"] = data.model_dump(mode="json", exclude={"workers"})
+    settings["data"] = data.model_dump(mode="json", exclude={"workers", "max_bad_share"})
     settings["masks"] = masking and masking.rule.model_dump(mode="json")
     checkpoints = Checkpoints(directory, keep=config.keep_checkpoints)
     state.resume(checkpoints, settings)
@@ -189,12 +184,13 @@ def train(
         seed=seed,
         workers=data.workers,
         crop_scale=data.crop_scale,
-        max_bad_share=data.max_bad_share,
-        views=views[0] if views else None,
+        views=stores[0].views if stores else None,
+        may_show=partial(in_all, stores) if stores else None,
         start_step=state.step,
         world=world,
     )
     num_steps = config.num_steps(loader.steps_per_epoch)
+    enough, named = loader.steps_per_epoch * config.batch_size, []  # items, to say whether too many are bad; the last
     student.train()
     student.set_recompute(config.recompute)
     student.set_compiled(config.compile)
@@ -203,16 +199,19 @@ def train(
     if world.is_main:
         metrics = Metrics(directory, start_step=state.step, total_steps=num_steps, trackers=config.trackers)
     try:
-        with _stop_requests() as requests:
+        with stop_requests() as requests:
             for batch in loader if state.step < num_steps else ():
                 step = state.step
                 last = step + 1 == num_steps
                 stop, pairs, num_skipped = world.sums(len(requests), len(batch.keys), len(batch.skipped))
                 state.pairs += pairs
                 state.skipped_pairs += num_skipped
+                skipped = world.concatenated(batch.skipped) if num_skipped else []
+                metrics.skip(step, skipped)
+                seen = state.pairs + state.skipped_pairs
+                named = (skipped + named)[:3]
+                check_share_of_bad(source.name, state.skipped_pairs, seen, enough, data.max_bad_share, named)
                 values = _step(state, batch, config, teachers, step, num_steps, seed)
-                if num_skipped:
-                    metrics.skip(step, world.concatenated(batch.skipped))
                 metrics.advance(step, pairs)
                 scored = evaluate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0
                 if scored or step % config.log_every == 0 or last:
@@ -555,24 +554,3 @@ def _to(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, Tensor, T
     """Pixels, token ids, on the CPU how many of these each row has, patches."""
     seen = None if inputs.seen is None else to_device(inputs.seen, device)
     return to_device(inputs.pixels, device), to_device(inputs.tokens, device), lengths(inputs.tokens), seen
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM append to, instead of ending the process in the middle of a step."""
-    requests: list[int] = []
-    try:
-        previous = {
-            number: signal.signal(number, lambda number, _frame: requests.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-    except ValueError:  # not the main thread: the caller handles signals
-        yield requests
-        return
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if requests:  # after the last step had begun: the caller's to answer
-        signal.raise_signal(requests[0])
