@@ -6,14 +6,17 @@ near 0: what one and several processes agree on is a tolerance. The same number 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.test_compress import DATA, phase, student_recipe, teacher_recipe
@@ -153,21 +156,48 @@ def test_a_run_continues_on_another_number_of_processes(teacher, alone, tmp_path
         torch.testing.assert_close(weights(tmp_path)[name], weight, rtol=0, atol=2e-3, msg=name)
 
 
-def test_bad_pairs_of_every_process_are_counted_and_named(teacher, tmp_path):
-    """An image of each share is no image."""
-    from PIL import Image
-
-    (tmp_path / "images").mkdir()
+def with_bad_images(folder, count: int, bad: Collection[int]) -> DataConfig:
+    """Pairs, of which some are no image: each visit to one is written down, so it shows who was visited when."""
+    (folder / "images").mkdir()
     rows = ["file\tcaption"]
-    for number in range(16):
-        file = tmp_path / "images" / f"{number}.png"
-        if number in (3, 11):
+    for number in range(count):
+        file = folder / "images" / f"{number}.png"
+        if number in bad:
             file.write_bytes(b"not an image")
         else:
-            Image.new("RGB", (40, 40), (number * 15, 0, 0)).save(file)
+            Image.new("RGB", (40, 40), (number * 255 // count, 0, 0)).save(file)
         rows.append(f"{number}.png\ta picture of number {number}")
-    (tmp_path / "pairs.tsv").write_text("\n".join(rows))
-    data = DataConfig(train={"path": str(tmp_path / "pairs.tsv"), "images": "images"}, max_bad_share=0.5)
+    (folder / "pairs.tsv").write_text("\n".join(rows))
+    return DataConfig(train={"path": str(folder / "pairs.tsv"), "images": "images"}, max_bad_share=0.5)
+
+
+def test_every_pair_is_visited_once_an_epoch_on_one_two_and_one_process(teacher, tmp_path):
+    """A third of the pairs are bad, so that the visits to them are on record; an epoch has four batches."""
+    steps = phase(100).model_copy(update={"batch_size": 15, "checkpoint_every": 10})
+    data = with_bad_images(tmp_path, 60, bad := range(1, 60, 3))
+    counted = Recipe(teacher=str(teacher), data=data, stages=(Stage(name="only", distill=steps),))
+    reached = [0]
+    for processes in (1, 2):
+        process = launch(processes, counted, tmp_path)
+        deadline = time.monotonic() + 60
+        while not (path := tmp_path / "run/0-only/distill/metrics.jsonl").exists() or (
+            path.read_text().count("\n") < reached[-1] + 7
+        ):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        reached.append(int(re.search(r"stopped after step (\d+) of 100", err)[1]))
+    compress(counted, tmp_path / "run", say=lambda _: None)
+    assert 0 < reached[1] < reached[2] < 100
+    visits = [(line["step"] // 4, line["key"]) for line in lines(tmp_path, "0-only/distill", "skipped")]
+    assert sorted(visits) == sorted((epoch, f"{number}.png") for epoch in range(25) for number in bad)
+    assert [line["step"] for line in lines(tmp_path, "0-only/distill")] == list(range(100))
+
+
+def test_bad_pairs_of_every_process_are_counted_and_named(teacher, tmp_path):
+    """An image of each share is no image."""
+    data = with_bad_images(tmp_path, 16, bad=(3, 11))
     stage = Stage(name="only", distill=phase(4))
     bad = Recipe(teacher=str(teacher), data=data, stages=(stage,))
     finish(launch(2, bad, tmp_path))

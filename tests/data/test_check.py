@@ -151,7 +151,7 @@ def shard(tmp_path):
 def test_a_shard_s_duplicates_flags_and_broken_items_are_found(shard, tokenizer):
     report = check(open_source(str(shard)), tokenizer)
     assert report.formats == {"JPEG": 2} and report.duplicates == 1
-    assert report.broken_items == [(f"{shard}/c", report.broken_items[0][1])]
+    assert report.broken_items == [("0.tar/c", report.broken_items[0][1])]
     assert report.broken_items[0][1].startswith("OSError: ")
     assert report.flags["opt_out"]["values"] == {"True": 1, "False": 1}
     assert report.flags["NSFW"] == {"n": 1, "different": 1, "values": {"UNLIKELY": 1}}

@@ -94,4 +94,5 @@ def test_short_captions_go_and_others_of_the_image_stay(tmp_path):
     (tmp_path / "t.tsv").write_text("file\tcaption\tmore\n1.png\tx\ta red thing\n")
     source = open_source(f"{tmp_path}/t.tsv?captions=caption:9|more:1&min_caption_chars=3")
     assert source.captions(0) == ("a red thing",) and source.captions(0).weights == (1.0,)
+    assert left_out(source) == {filters.SHORT_CAPTIONS: 1}
     assert "no images are left" in error_of(f"{tmp_path}/t.tsv?min_caption_chars=3")

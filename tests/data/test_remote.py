@@ -108,7 +108,7 @@ def test_http_memory_and_a_command_say_what_the_disk_says(folder, memory):
     assert everything(open_source(f"pipe:cat {folder}/{ALL}")) == expected
     with server(folder) as web:
         source = open_source(f"{web.url}/{ALL}")
-        assert everything(source) == expected and source.key(4) == f"{web.url}/1.tar/1-green"
+        assert everything(source) == expected and source.key(4) == "1.tar/1-green"
 
 
 def test_a_second_opening_reads_no_shard(folder, cache):
@@ -206,7 +206,7 @@ def test_a_command_whose_output_changes_is_noticed(tmp_path, folder, cache):
     source = open_source(f"pipe:cat {folder}/0.tar")
     write_tar(folder / "0.tar", {"1.png": png("red"), "1.txt": b"other" * 3000})
     forget(cache)
-    with pytest.raises(ValueError, match="its shard has changed since it was indexed"):
+    with pytest.raises(ValueError, match="has changed since it was indexed"):
         source.image(0)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from tinyclip.data import files, shards
+from tinyclip.data.files import without_folder
 from tinyclip.data.sources import BadItem, left_out, open_source
 from tinyclip.data.spec import DataSpec
 
@@ -107,6 +108,8 @@ def test_a_string_and_a_mapping_are_the_same_spec():
         ("t.tsv?limit=0", "limit: Input should be greater than 0"),
         ("t.tsv?limit", "expected key=value after '?', got 'limit'"),
         ("t.tsv?limit=1&limit=2", "key 'limit' is given twice"),
+        ("pipe: ", "expected a command behind pipe:, such as pipe:cat {000..003}.tar"),
+        ("0.tar?quotes=none", "key 'quotes' means nothing for shards"),
     ],
 )
 def test_a_wrong_spec_is_one_line_that_says_what_is_known(spec, expected):
@@ -203,6 +206,34 @@ def test_a_missing_file_is_named(tmp_path, spec):
     assert spec in error_of(str(tmp_path / spec), FileNotFoundError)
 
 
+def test_quotes_of_a_tsv_are_not_guessed(tmp_path):
+    """A stray one would otherwise swallow the rows up to the next."""
+    for colour in COLOURS:
+        (tmp_path / f"{colour}.png").write_bytes(png(colour))
+    stray = 'file\tcaption\nred.png\t"to be\ngreen.png\tor\nblue.png\tnot to be"\n'
+    (tmp_path / "t.tsv").write_text(stray)
+    message = error_of(str(tmp_path / "t.tsv"))
+    assert "t.tsv: near line 4: a quoted cell of several lines; where it is meant so, say quotes=csv" in message
+    assert "quotes=none takes quotes as they are" in message
+    source = open_source(f"{tmp_path}/t.tsv?quotes=none")
+    assert [tuple(source.captions(i)) for i in range(3)] == [('"to be',), ("or",), ('not to be"',)]
+    assert open_source(f"{tmp_path}/t.tsv?quotes=csv").captions(0) == ("to be\ngreen.png\tor\nblue.png\tnot to be",)
+    (tmp_path / "t.tsv").write_text('file\tcaption\nred.png\t"red" or so\n')
+    assert "quotes=none" in error_of(str(tmp_path / "t.tsv"))
+
+
+def test_rows_that_name_no_image_are_counted(tmp_path):
+    (tmp_path / "red.png").write_bytes(png("red"))
+    (tmp_path / "t.tsv").write_text("file\tcaption\nred.png\tred\n\tnothing\n")
+    source = open_source(str(tmp_path / "t.tsv"))
+    assert len(source) == 1 and left_out(source) == {"rows that name no image": 1}
+
+
+def test_a_template_with_a_single_brace_is_refused(table):
+    message = error_of(f"{table}?images=images.zip&caption=a {{word of it")
+    assert "template 'a {word of it': expected columns as {COLUMN}, got a single brace" in message
+
+
 # Class folders
 
 
@@ -237,7 +268,7 @@ def test_a_shard_gives_captions_and_labels_from_json(shard):
         (COLOURS["red"], ("a rose",), ("red",)),
         (COLOURS["green"], ("grass", "a lawn"), ("green",)),
     ]
-    assert source.key(1) == f"{shard}/a.b/green"
+    assert source.key(1) == "000.tar/a.b/green"
 
 
 def test_webdataset_writes_what_we_read_and_reads_the_same(tmp_path):
@@ -248,8 +279,46 @@ def test_webdataset_writes_what_we_read_and_reads_the_same(tmp_path):
     source = open_source(str(path))
     with open(path, "rb") as file:
         theirs = list(group_by_keys({"__url__": str(path), **entry} for entry in tar_file_iterator(file)))
-    assert [source.key(i) for i in range(3)] == [f"{path}/{sample['__key__']}" for sample in theirs]
+    assert [source.key(i) for i in range(3)] == [f"w.tar/{sample['__key__']}" for sample in theirs]
     assert [source.captions(i)[0] for i in range(3)] == [sample["txt"].decode() for sample in theirs]
+
+
+def test_items_have_the_same_names_wherever_a_set_lies():
+    for folder in ("", "./", "/data/", "s3://bucket/pairs/", "https://host:80/"):
+        assert without_folder([f"{folder}train/0.tar", f"{folder}val/0.tar"]) == ["train/0.tar", "val/0.tar"]
+        assert without_folder([f"{folder}train/0.tar", f"{folder}train/1.tar"]) == ["0.tar", "1.tar"]
+        assert without_folder([f"{folder}train/0.tar"]) == ["0.tar"]
+    assert without_folder([]) == []
+
+
+def test_the_first_samples_may_be_broken_or_lack_their_text(tmp_path):
+    images = {f"{number}.png": png("red") for number in range(4)}
+    write_tar(tmp_path / "1.tar", images | {"0.json": b"{no", "2.txt": b"two", "3.json": b'{"name": "three"}'})
+    source = open_source(str(tmp_path / "1.tar"))
+    assert [tuple(source.captions(index)) for index in (1, 2, 3)] == [(), ("two",), ()]
+    with pytest.raises(BadItem, match="cannot read the text of 0"):
+        source.captions(0)
+    write_tar(tmp_path / "2.tar", images | {"0.json": b"{no"})
+    assert "2.tar: 2.tar/0: cannot read the text of 0: JSONDecodeError" in error_of(str(tmp_path / "2.tar"))
+
+
+def test_files_that_are_no_item_are_counted(tmp_path):
+    files = {
+        "a.png": png("red"),
+        "a.txt": b"red",
+        "img.v1.0.png": png("blue"),
+        "img.v1.1.png": png("blue"),
+        "g.gif": b"",
+    }
+    write_tar(tmp_path / "1.tar", files)
+    (count,) = left_out(open_source(str(tmp_path / "1.tar"))).items()
+    assert count == ("files in a tar without an image (.jpg, .jpeg, .png, .webp) of their name", 3)
+    for name in ("cat/1.png", "cat/2.gif", "dog/1.png", "loose.png", "cat/.hidden.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(png("red"))
+    source = open_source(f"{tmp_path}/set?caption=label")
+    assert len(source) == 2
+    assert left_out(source) == {"files that are no .jpg, .jpeg, .png, .webp": 1, "images in no class folder": 1}
 
 
 def test_braces_name_several_shards_and_txt_is_a_caption(tmp_path):

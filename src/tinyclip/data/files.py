@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -17,6 +18,14 @@ def check_size(size: int, what: str = "bytes") -> None:
     """Raises BadItem for a file that is too large to be read."""
     if size > MAX_BYTES:
         raise BadItem(f"{size} {what}, the limit is {MAX_BYTES}")
+
+
+def without_folder(paths: Sequence[str]) -> list[str]:
+    """Without the folders that all share, so that a set has the same names wherever it lies."""
+    parts = [path.split("/") for path in paths]
+    folders = zip(*(own[:-1] for own in parts), strict=False)
+    shared = len(list(takewhile(lambda same: len(set(same)) == 1, folders)))
+    return ["/".join(own[shared:]) for own in parts]
 
 
 class Folder:

@@ -21,7 +21,8 @@ from tinyclip.data.flags import flags_of
 from tinyclip.data.spec import DataSpec
 from tinyclip.data.texts import chosen
 
-FILTERS_VERSION = 1
+FILTERS_VERSION = 2
+SHORT_CAPTIONS = "short captions of images that stay"
 SMALL, SHORT, TWICE = "small images", "images with short captions only", "images that occur before"
 
 
@@ -100,8 +101,10 @@ def _pass(source: Readable, min_chars: int, min_side: int, dedup: bool) -> dict[
         reason = _reason(source, index, min_chars, min_side, seen if dedup else None)
         if reason is None:
             kept.append(index)
+            left_out[SHORT_CAPTIONS] += _num_short(source, index, min_chars)
         else:
             left_out[reason] += 1
+    left_out = +left_out  # without zeros
     return {"kept": kept, "left_out": dict(left_out)}
 
 
@@ -123,6 +126,14 @@ def _reason(source: Readable, index: int, min_chars: int, min_side: int, seen: s
         return TWICE
     seen.add(sha256)
     return None
+
+
+def _num_short(source: Readable, index: int, min_chars: int) -> int:
+    """Captions."""
+    try:
+        return sum(len(caption) < min_chars for caption in source.captions(index)) if min_chars else 0
+    except (BadItem, OSError):
+        return 0
 
 
 def _shorter_side(data: bytes) -> int | None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tinyclip.data.cache import Part, digest
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import Folder, Zip, check_size, open_files
+from tinyclip.data.files import Folder, Zip, check_size, open_files, without_folder
 from tinyclip.data.flags import flags_in, is_flag
 from tinyclip.data.remote import (
     NUM_THREADS,
@@ -91,7 +91,7 @@ class EncodedRows:
 
     def __init__(self, spec: DataSpec, tables: Sequence[Table], image: str, transfer: Transfer) -> None:
         self.name, self.tables, self.image_column, self.transfer = spec.path, list(tables), image, transfer
-        self.window = spec.window or WINDOW_SHARDS
+        self.window, self._names = spec.window or WINDOW_SHARDS, without_folder([table.name for table in tables])
         check_room(self.name, [table.cache_bytes for table in tables], self.window, transfer)
         names = [column for column in tables[0].columns if column != image]
         self._words, self._flags = Words(spec, names), [name for name in names if is_flag(name)]
@@ -106,7 +106,7 @@ class EncodedRows:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        return f"{self.tables[self._table_of(index)].name}/{self.rows[index]}"
+        return f"{self._names[self._table_of(index)]}/{self.rows[index]}"
 
     def image(self, index: int) -> Image.Image:
         data = self.encoded(index)

@@ -26,7 +26,7 @@ from webdataset.tariterators import base_plus_ext
 
 from tinyclip.data.cache import digest, is_remembered, remembered
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import check_size
+from tinyclip.data.files import check_size, without_folder
 from tinyclip.data.flags import flags_in
 from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, transfer_of
 from tinyclip.data.spec import DataSpec, is_remote
@@ -36,7 +36,8 @@ from tinyclip.progress import Display
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WINDOW_SHARDS = 8
 FEW_SHARDS = 8  # to read for their index: nothing is shown
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+FIRST_SAMPLES = 100  # whose fields are the columns of a set
 REMEMBERED_BYTES = 2**22  # a smaller shard on disk is not worth a file: its scan takes some 0.04 s
 
 
@@ -111,7 +112,9 @@ class Tars:
         self.name, self.transfer, self.window = name, transfer, window
         self.shards: list[Local | Remote] = []
         self.indexes: list[Index] = []
-        self._open([str(shard) for shard in shards], limit)
+        paths = [str(shard) for shard in shards]
+        self._names = without_folder(paths)
+        self._open(paths, limit)
         self.left_out = dict(sum((Counter(index.left_out) for index in self.indexes), Counter()))
         self.first = np.concatenate([[0], np.cumsum([len(index.keys) for index in self.indexes])])  # sample of a shard
         self.first = self.first if limit is None else np.minimum(self.first, limit)
@@ -179,7 +182,7 @@ class Tars:
 
     def key(self, index: int) -> str:
         shard, row = self._at(index)
-        return f"{self.shards[shard].where}/{self.indexes[shard].keys[row]}"
+        return f"{self._names[shard]}/{self.indexes[shard].keys[row]}"
 
     def image(self, index: int) -> Image.Image:
         data = self.encoded(index)  # a shard that cannot be fetched is no bad item
@@ -202,7 +205,7 @@ class Tars:
         try:
             with self._opened(self.shards[shard]) as file:
                 if not _is_as_indexed(file, self.shards[shard], own):
-                    raise ValueError(f"{self.key(index)}: its shard has changed since it was indexed")
+                    raise ValueError(f"{self.shards[shard].where}: has changed since it was indexed")
                 return os.pread(file.fileno(), int(own.sizes[row, column]), int(own.offsets[row, column]))
         except OSError as error:
             raise BadItem(one_line(error)) from None
@@ -253,7 +256,21 @@ class Shards(Tars):
         super().__init__(spec.path, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
         if not len(self):
             raise ValueError(f"{spec.path}: no images")
-        self._words = Words(spec, list(self._row(0)))
+        self._words = Words(spec, self._columns())
+
+    def _columns(self) -> list[str]:
+        """The fields of the first shard's first samples; some may lack some, or be damaged."""
+        columns: dict[str, Any] = {}
+        damaged: list[str] = []
+        first_shard, _ = self._at(0)
+        for index in range(min(FIRST_SAMPLES, int(self.first[first_shard + 1]))):
+            try:
+                columns |= self._row(index)
+            except BadItem as error:
+                damaged.append(f"{self.name}: {self.key(index)}: {error}")
+        if damaged and not columns:
+            raise ValueError(damaged[0])
+        return list(columns)
 
     def captions(self, index: int) -> Sequence[str]:
         return self._words.captions(self._row(index))
@@ -303,7 +320,10 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: not an uncompressed tar, or cut short: {error}") from None
     if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
         raise ValueError(f"{name}: damaged or cut short: no end mark at byte {end}")
+    num_files = sum(map(len, samples.values()))
     with_image = {key: files for key, files in samples.items() if not files.keys().isdisjoint(EXTENSIONS)}
+    if without_image := num_files - sum(map(len, with_image.values())):
+        left_out[f"files in a tar without an image (.{', .'.join(EXTENSIONS)}) of their name"] = without_image
     extensions = sorted({extension for files in with_image.values() for extension in files})
     places = [[files.get(extension, (-1, -1)) for extension in extensions] for files in with_image.values()]
     return {

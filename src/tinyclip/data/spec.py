@@ -38,7 +38,7 @@ _FILTERS = ("limit", "min_side", "min_caption_chars", "dedup")
 _IMAGES = ("jpeg_side",)
 _REMOTE = ("window", "cache_gb", "timeout_s", "retries")
 KEYS: dict[Kind, tuple[str, ...]] = {  # which keys, beside path, mean something for which kind of data
-    "table": ("images", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES),
+    "table": ("images", "image", "label", *_TEXTS, "quotes", "where", *_FILTERS, *_IMAGES),
     "parquet": ("images", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES, *_REMOTE),
     "shards": ("label", *_TEXTS, *_FILTERS, *_IMAGES, *_REMOTE),
     "folders": (*_TEXTS, "where", *_FILTERS, *_IMAGES),
@@ -46,6 +46,7 @@ KEYS: dict[Kind, tuple[str, ...]] = {  # which keys, beside path, mean something
     "scenes": ("split", "count", "seed"),
     "mixture": ("mixture",),
 }
+Quotes = Literal["csv", "none"]
 HUGGINGFACE = "huggingface:"
 PIPE = "pipe:"
 
@@ -71,6 +72,9 @@ class DataSpec(BaseModel):
         None, description="captions made of the label: 'a photo of a {}.|a drawing of a {}.', or a file with one a line"
     )
     sep: str | None = Field(None, min_length=1, description="splits a cell into several captions, or class synonyms")
+    quotes: Quotes | None = Field(
+        None, description="of cells: as in CSV, or none; default: as in CSV, but in a .tsv none over several lines"
+    )
     where: str | None = Field(None, description="keep the rows where all hold: 'split=train;style!=noto'")
     limit: int | None = Field(None, gt=0, description="the first so many images, before the three keys that follow")
     min_side: int | None = Field(None, gt=0, description="pixels; images with a shorter side are left out")
@@ -158,6 +162,8 @@ class DataSpec(BaseModel):
         for key, field in type(self).model_fields.items():
             if key not in ("path", *KEYS[self.kind]) and getattr(self, key) != field.default:
                 raise ValueError(f"key {key!r} means nothing for {self.kind}, which take {', '.join(KEYS[self.kind])}")
+        if self.path.startswith(PIPE) and not self.path.removeprefix(PIPE).strip():
+            raise ValueError("expected a command behind pipe:, such as pipe:cat {000..003}.tar")
         if is_remote(self.path) and self.kind in ("table", "folders"):
             raise ValueError("expected .tar or .parquet behind a URL; tables and folders are read from disk")
         return self

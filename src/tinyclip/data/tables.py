@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from tinyclip.data.decode import decode
 from tinyclip.data.files import Folder, Zip, open_files
 from tinyclip.data.flags import flags_in
 from tinyclip.data.shards import EXTENSIONS
-from tinyclip.data.spec import DataSpec
+from tinyclip.data.spec import DataSpec, Quotes
 from tinyclip.data.texts import Words, joined
 
 IMAGE_COLUMNS = ("file", "filepath", "image", "filename", "path")
@@ -33,8 +34,8 @@ class Listed:
 
     jpeg_side: int | None = None  # set by open_source
 
-    def __init__(self, name: str, files: Folder | Zip, items: list[Item]) -> None:
-        self.name, self.files, self.items = name, files, items
+    def __init__(self, name: str, files: Folder | Zip, items: list[Item], left_out: dict[str, int]) -> None:
+        self.name, self.files, self.items, self.left_out = name, files, items, left_out
 
     def __len__(self) -> int:
         return len(self.items)
@@ -66,7 +67,7 @@ class Listed:
 def open_table(spec: DataSpec) -> Listed:
     """A .tsv or .csv with a header. The delimiter is a tab if the header holds one; cells may be quoted as in CSV."""
     path = Path(spec.path)
-    columns, rows = _read_table(path)
+    columns, rows = _read_table(path, spec.quotes)
     files = open_files(path.parent / (spec.images or ""))
     return listed(spec, files, columns, rows, image_column(spec, columns))
 
@@ -74,14 +75,18 @@ def open_table(spec: DataSpec) -> Listed:
 def open_folders(spec: DataSpec) -> Listed:
     """A folder or .zip whose images lie in folders named after their class: a table with the columns file and label."""
     files = open_files(Path(spec.path))
-    rows = [
-        {"file": name, "label": path.parent.name}
-        for name in sorted(files.names())
-        if (path := PurePosixPath(name)).suffix[1:].lower() in EXTENSIONS
-        and path.parent.name
-        and not path.name.startswith(".")
-    ]
-    return listed(spec.model_copy(update={"label": "label"}), files, ["file", "label"], rows, "file")
+    rows, left_out = [], Counter()
+    for name in sorted(files.names()):
+        path = PurePosixPath(name)
+        if name.endswith("/") or path.name.startswith("."):
+            continue
+        if path.suffix[1:].lower() not in EXTENSIONS:
+            left_out[f"files that are no .{', .'.join(EXTENSIONS)}"] += 1
+        elif not path.parent.name:
+            left_out["images in no class folder"] += 1
+        else:
+            rows.append({"file": name, "label": path.parent.name})
+    return listed(spec.model_copy(update={"label": "label"}), files, ["file", "label"], rows, "file", left_out)
 
 
 def image_column(spec: DataSpec, columns: Sequence[str]) -> str:
@@ -92,13 +97,24 @@ def image_column(spec: DataSpec, columns: Sequence[str]) -> str:
     return image
 
 
-def listed(spec: DataSpec, files: Folder | Zip, columns: Sequence[str], rows: Iterable[Row], image: str) -> Listed:
-    """Rows that name the same image are one item."""
+def listed(
+    spec: DataSpec,
+    files: Folder | Zip,
+    columns: Sequence[str],
+    rows: Iterable[Row],
+    image: str,
+    left_out: Mapping[str, int] | None = None,
+) -> Listed:
+    """Rows that name the same image are one item; rows that name none are counted."""
     words = Words(spec, columns)
     keep = row_filter(spec.where, columns, spec.path)
     by_image: dict[str, list[Row]] = {}
+    ignored = Counter(left_out or {})
     for row in filter(keep, rows):
-        by_image.setdefault(row[image], []).append(row)
+        if row[image]:
+            by_image.setdefault(row[image], []).append(row)
+        else:
+            ignored["rows that name no image"] += 1
     items = [
         Item(key, joined([words.captions(row) for row in same]), words.label(same[0]), flags_in(same[0]))
         for key, same in list(by_image.items())[: spec.limit]
@@ -108,7 +124,7 @@ def listed(spec: DataSpec, files: Folder | Zip, columns: Sequence[str], rows: It
         raise FileNotFoundError(
             f"{spec.path}: {len(missing)} of {len(items)} images are not in {files.path}; the first is {missing[0]!r}"
         )
-    return Listed(spec.path, files, items)
+    return Listed(spec.path, files, items, dict(ignored))
 
 
 def require_images(num_images: int, spec: DataSpec) -> None:
@@ -116,22 +132,26 @@ def require_images(num_images: int, spec: DataSpec) -> None:
         raise ValueError(f"{spec.path}: no images" + (f" where {spec.where}" if spec.where else ""))
 
 
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read_table(path: Path, quotes: Quotes | None) -> tuple[list[str], list[dict[str, str]]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         line = 1
         try:
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            quoting = csv.QUOTE_NONE if quotes == "none" else csv.QUOTE_MINIMAL
+            reader = csv.reader(file, delimiter=delimiter, strict=True, quoting=quoting)
             columns, rows = next(reader, []), []
             for cells in reader:
                 line = reader.line_num
                 if cells and len(cells) != len(columns):
                     raise ValueError(f"expected {len(columns)} cells, as in the header, got {len(cells)}")
+                if delimiter == "\t" and quotes is None and any("\n" in cell for cell in cells):
+                    raise ValueError("a quoted cell of several lines; where it is meant so, say quotes=csv")
                 if cells:
                     rows.append(dict(zip(columns, cells, strict=True)))
         except (csv.Error, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            raise ValueError(f"{path}: near line {line}: {error}") from None
+            help = "; quotes=none takes quotes as they are" if "quote" in str(error) or '"' in str(error) else ""
+            raise ValueError(f"{path}: near line {line}: {error}{help}") from None
     if not columns:
         raise ValueError(f"{path}: empty, expected a header line")
     return columns, rows

@@ -103,7 +103,12 @@ class Words:
 
 
 def as_template(text: str) -> str:
-    return text if "{" in text else f"{{{text}}}"
+    """Raises ValueError for a brace without its other."""
+    if "{" not in text:
+        return f"{{{text}}}"
+    if "{" in (rest := FIELD.sub("", text)) or "}" in rest:
+        raise ValueError(f"template {text!r}: expected columns as {{COLUMN}}, got a single brace")
+    return text
 
 
 def parse_shares(captions: str) -> tuple[tuple[str, float], ...]:
