@@ -53,7 +53,7 @@ def step() -> Iterator[list[str]]:
             row["precision"],
             str(row["pairs"]),
             *numbers,
-            " / ".join(f"{row['gradient_error'][name]:.0e}" for name in ("official", "stored")),
+            " / ".join(_short(row["gradient_error"][name]) for name in ("official", "stored")),
         ]
 
 
@@ -63,6 +63,10 @@ def step_open_clip() -> Iterator[list[str]]:
     for row in _lines("step")[1:]:
         ratios = (_step_ratio(row, f"open_clip/{name}") for name in ("stored", "live"))
         yield [row["case"], row["precision"], f"{row['seconds']['open_clip']:.2f}", *ratios]
+
+
+def _short(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
 
 
 def _step_ratio(row: dict[str, Any], name: str) -> str:
