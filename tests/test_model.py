@@ -9,7 +9,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.shrink.test_keep import random_gates, tiny_clip
 from tinyclip.formats.open_clip import config_from_open_clip, config_to_open_clip, from_open_clip, to_open_clip
@@ -212,37 +211,6 @@ def test_the_scale_is_at_most_100_and_comes_back_from_there():
         model.logit_scale.grad = None
         model.scale.backward()
         assert 99.999 < model.scale.item() <= 100 and model.logit_scale.grad.item() == pytest.approx(100, rel=1e-5)
-
-
-class CopiesBetweenDevices(TorchDispatchMode):
-    """Whether each makes its caller wait: a blocking one to a GPU waits for all that is queued there."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
-            self.waits.append(not kwargs.get("non_blocking", False))
-        return function(*args, **kwargs)
-
-
-def test_towers_wait_for_no_copy(monkeypatch):
-    """A batch goes through both, in chunks of texts, on a device that computes nothing."""
-    monkeypatch.setitem(MACS_PER_CALL, "cuda", 1.0)
-    for user in ("model", "preprocess"):
-        monkeypatch.setattr(f"tinyclip.{user}.to_device", lambda x, device: x.to(device, non_blocking=True))
-    model = random_model(small())
-    model.preprocess = Preprocess(size=16)
-    model.to("meta")
-    tokens_BL = torch.randint(1, 50, (300, 9))
-    pixels = torch.zeros(300, 3, 16, 16, dtype=torch.uint8, device="meta")
-    with CopiesBetweenDevices() as copies:
-        image_BE, text_BE = model(pixels, tokens_BL.to("meta"), None, lengths(tokens_BL))
-        (image_BE * text_BE).sum().backward()
-    copies.waits.remove(True)  # the tokens, above
-    assert len(copies.waits) == 2 + 8 + 1 and not any(copies.waits)  # mean and std, chunks, their order
 
 
 def test_bad_configs_are_refused():

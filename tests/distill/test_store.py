@@ -99,12 +99,13 @@ def test_a_store_in_pieces_is_the_store_at_once(teacher, tmp_path):
     whole = build(teacher, tmp_path / "whole")
     expected = content(whole.directory)
     assert sorted(expected) == [*(f"{part:06d}.safetensors" for part in range(4)), "store.json"]
+    assert len({path.stat().st_mode for path in whole.directory.iterdir()}) == 1  # who may read one may read all
 
     child = os.fork()
     if child == 0:
         written = iter(range(2))
-        save = store_module.save_file
-        store_module.save_file = lambda *args: (
+        save = store_module.weights.write
+        store_module.weights.write = lambda *args: (
             save(*args) if next(written, None) is not None else os.kill(os.getpid(), 9)
         )
         build(teacher, tmp_path / "killed")

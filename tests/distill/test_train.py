@@ -5,18 +5,20 @@ The average of the weights is the sum of its definition over the recorded weight
 
 import importlib.util
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_compress import CONTRASTIVE, DATA, phase
 from tinyclip.data.loader import Inputs, PairLoader, Reader
 from tinyclip.data.sources import open_source
 from tinyclip.distill import train as module
 from tinyclip.distill.checkpoints import Checkpoints, read
-from tinyclip.distill.objective import total_loss
-from tinyclip.distill.teacher import load_teacher
+from tinyclip.distill.objective import Objective, total_loss
+from tinyclip.distill.teacher import _from_clip, load_teacher
 from tinyclip.distill.train import (
     Masking,
     TrainConfig,
@@ -28,7 +30,7 @@ from tinyclip.distill.train import (
 )
 from tinyclip.distributed import World
 from tinyclip.formats import checkpoint
-from tinyclip.model import CLIP
+from tinyclip.model import CLIP, MACS_PER_CALL
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 from tinyclip.start import Scratch, from_scratch
 from tinyclip.stopping import Interrupted
@@ -330,3 +332,48 @@ def test_gates_are_not_averaged(tmp_path):
 
     (raw, gates), (averaged, averaged_gates) = masked(), masked(ema_decay=DECAY)
     assert same(gates, averaged_gates) and not same(raw, averaged)
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Whether each makes its caller wait: a blocking one to a GPU waits for all that is queued there."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            self.waits.append(not kwargs.get("non_blocking", False))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_asks_its_device_nothing_and_waits_for_no_copy(masked, micro_batch_size, monkeypatch):
+    """On a device that holds no values, a read is an error. Live teacher, all terms, learned scale, dropped patches.
+
+    Optimizers are left out: of CUDA's fused AdamW there is no such twin.
+    """
+    monkeypatch.setitem(MACS_PER_CALL, "cuda", 1.0)  # texts in chunks
+    for user in ("model", "preprocess", "distill.train", "shrink.masks"):
+        monkeypatch.setattr(f"tinyclip.{user}.to_device", lambda x, device: x.to(device, non_blocking=True))
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_settings: nullcontext())
+    monkeypatch.setattr(module, "_has_fused", lambda _device: False)
+    monkeypatch.setattr(module._State, "update", lambda *_: None)
+    student, teacher, rule = tiny_clip(), _from_clip("teacher", tiny_clip(seed=1)), LearnMasks(keep_params=0.5)
+    source = open_source(DATA.train)
+    batch = PairLoader(source, [Reader(student.preprocess, student.tokenizer), teacher.reader], batch_size=8, seed=0)
+    terms = Objective(affinity=1, contrastive=1, feature=1, student_scale="learned", teacher_scale="teacher")
+    config = phase(4, objective=terms, micro_batch_size=micro_batch_size, image_tokens=0.5)
+    masking = None
+    if masked:
+        gates, params = HardConcreteGates(student.config, rule.initial_log_alpha), student.config.prunable_params
+        constraint = SizeConstraint(rule, reference_params=params, current_params=params, steps=4)
+        masking = Masking(gates.to("meta"), constraint, rule)
+    student.to("meta")
+    state = _State(student, config, masking, [teacher.to("meta")])
+    with CopiesBetweenDevices() as copies:
+        values = module._step(state, batch.batch(0), config, [teacher], 0, 4, 0)
+    assert values["loss"].is_meta and values["grad_norm"].is_meta
+    assert len(copies.waits) > 10 and not any(copies.waits)

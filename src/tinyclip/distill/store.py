@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tinyclip.config import Config, changes
@@ -48,6 +48,7 @@ from tinyclip.data.loader import (
 from tinyclip.data.sources import BadItem, Source, jpeg_sides
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distributed import ALONE, World
+from tinyclip.formats import weights
 from tinyclip.formats.files import sync, write_text, writing
 from tinyclip.model import unit
 from tinyclip.progress import Display
@@ -386,7 +387,7 @@ class _Asked:
         }
         unfinished = path.with_suffix(".tmp")
         with writing(path):
-            save_file(tensors, unfinished)
+            weights.write(tensors, unfinished)  # for whoever shares the store
             sync(unfinished)
             unfinished.replace(path)
         sync(path.parent)
