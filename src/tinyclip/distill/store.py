@@ -22,7 +22,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -192,10 +192,11 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
     asked.count(*world.on_main(asked.counts, directory), [])
     started, done, skipped = time.perf_counter(), 0, []
     mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
-    display = None
-    if world.is_main and mine:
-        display = Display(f"asking {teacher.name}", 0, sum(missing[part] for part in mine), unit="images")
-    with stop_requests() as requests:
+    with stop_requests() as requests, ExitStack() as shown:
+        display = None
+        if world.is_main and mine:
+            display = Display(f"asking {teacher.name}", 0, sum(missing[part] for part in mine), unit="images")
+            shown.callback(display.close)
         for part in mine:
             path = directory / _name(part)
             embedded, written = asked.begun(path), time.perf_counter()
@@ -214,8 +215,6 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
                     stopped = f"stopped after asking {teacher.name} about {done:,} images, kept in {directory}"
                     raise Interrupted(stopped, requests[0] if requests else signal.SIGTERM)
             asked.write(path, embedded, world)
-    if display is not None:
-        display.close()
     world.barrier()
     skipped = skipped if teacher.sharded else world.concatenated(skipped)
     if skipped:
