@@ -47,6 +47,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "start": (start, "starting_point"),
     "check": (check, "check_data"),
     "claim": (run, "claim"),
+    "claim inputs": (run, "claim_inputs"),
     "record teacher": (run, "record_teacher"),
     "claim store": (store, "_claim"),
     "missing parts": (store._Asked, "missing"),
@@ -78,7 +79,7 @@ PHASES = {  # function -> what part of a run it is; of several on the stack the 
 }  # fmt: skip
 STATUS = {"kill": -signal.SIGKILL, "damage": -signal.SIGKILL, "term": 0, "ctrl-c": 130, "full disk": 2}
 PATIENCE_S = 120
-ITEMS = 24  # of a part of the store: 64 pictures make three, the last one short
+ITEMS, READ_AT_ONCE = 24, 8  # of a part of the store: 64 pictures make three, the last one short; written every time
 WARM = (compress, recipes, retrieval, torch._dynamo, zeroshot)  # a command imports them late, the optimizers dynamo
 Process = multiprocessing.get_context("fork").Process
 
@@ -195,7 +196,7 @@ def _child(arguments: list[str], output: Path, fault: Fault | None, note: Path) 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    store.ITEMS = ITEMS
+    store.ITEMS, store.READ_AT_ONCE, store.UNWRITTEN_S = ITEMS, READ_AT_ONCE, 0.0
     sys.argv = ["tinyclip", *arguments]
     if fault is not None and fault.kind == "full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.amount, fault.amount))
