@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyclip.data.loader import EvalBatches, PairLoader, Reader, check_share_of_bad, crop_box
+from tinyclip.data.loader import EvalBatches, PairLoader, Reader, check_share_of_bad, crop_box, view_random
 from tinyclip.data.scenes import Scenes
 from tinyclip.data.sources import BadItem, open_source
 from tinyclip.distributed import World
@@ -165,6 +165,11 @@ def test_a_batch_without_pairs_is_an_error(reader, workers):
     loader = PairLoader(Toy(200, corrupt=range(200)), [reader], batch_size=4, seed=0, workers=workers)
     with pytest.raises(ValueError, match="^toy: 0 readable pairs in batch 0 of 4, needs 2: item [^\n]*$"):
         first(loader, 1)
+
+
+def test_names_that_are_no_utf_8_have_crops_of_their_own():
+    assert view_random("caf\udce9.jpg", 0).random() != view_random("caf.jpg", 0).random()
+    assert view_random("a.jpg", 1).random() == Random("1/a.jpg").random()
 
 
 def test_settings_that_cannot_work_are_refused(reader):

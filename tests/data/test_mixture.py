@@ -38,7 +38,7 @@ def dealt(mixture, start, stop):
 def test_shares_are_exact():
     mixture = mixed(2, 1, 1)
     assert len(mixture) == 600
-    assert Counter(name for name, *_ in dealt(mixture, 0, 4000)) == {"a": 2000, "b": 1000, "c": 1000}
+    assert Counter(name for name, *_ in dealt(mixture, 0, 4000)) == {"1/a": 2000, "2/b": 1000, "3/c": 1000}
     thirds = Counter(name for name, *_ in dealt(mixed(1, 1, 1), 0, 5000))
     assert all(abs(count - 5000 / 3) < 1 for count in thirds.values())
 
@@ -62,7 +62,10 @@ def test_slices_agree_with_single_positions():
 
 def test_items_are_those_of_the_members():
     mixture = mixed(1, 1, sizes=(3, 4))
-    assert [mixture.key(index) for index in range(7)] == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2", "b 3"]
+    assert [mixture.key(index) for index in range(7)] == [
+        *("1/a 0", "1/a 1", "1/a 2"),
+        *("2/b 0", "2/b 1", "2/b 2", "2/b 3"),
+    ]
     assert mixture.captions(4) == ("number 1",) and mixture.image(5).getpixel((0, 0)) == (2, 2, 2)
 
 

@@ -212,6 +212,9 @@ def test_quotes_of_a_tsv_are_not_guessed(tmp_path):
         (tmp_path / f"{colour}.png").write_bytes(png(colour))
     stray = 'file\tcaption\nred.png\t"to be\ngreen.png\tor\nblue.png\tnot to be"\n'
     (tmp_path / "t.tsv").write_text(stray)
+    (tmp_path / "one.tsv").write_text('file\tcaption\nred.png\t"to be\ngreen.png\tor\n')
+    message = error_of(str(tmp_path / "one.tsv"))
+    assert "unexpected end of data; quotes=none takes quotes as they are" in message
     message = error_of(str(tmp_path / "t.tsv"))
     assert "t.tsv: near line 4: a quoted cell of several lines; where it is meant so, say quotes=csv" in message
     assert "quotes=none takes quotes as they are" in message
@@ -298,6 +301,10 @@ def test_the_first_samples_may_be_broken_or_lack_their_text(tmp_path):
     assert [tuple(source.captions(index)) for index in (1, 2, 3)] == [(), ("two",), ()]
     with pytest.raises(BadItem, match="cannot read the text of 0"):
         source.captions(0)
+    texts = {f"{number}.txt": b"a picture" for number in range(4)}
+    write_tar(tmp_path / "3.tar", images | texts | {"2.json": b'{"caption": "of one alone"}'})
+    source = open_source(str(tmp_path / "3.tar"))
+    assert [tuple(source.captions(index)) for index in range(4)] == [("a picture",)] * 4
     write_tar(tmp_path / "2.tar", images | {"0.json": b"{no"})
     assert "2.tar: 2.tar/0: cannot read the text of 0: JSONDecodeError" in error_of(str(tmp_path / "2.tar"))
 
@@ -309,10 +316,12 @@ def test_files_that_are_no_item_are_counted(tmp_path):
         "img.v1.0.png": png("blue"),
         "img.v1.1.png": png("blue"),
         "g.gif": b"",
+        "README": b"",
+        ".b.png": png("red"),
     }
     write_tar(tmp_path / "1.tar", files)
     (count,) = left_out(open_source(str(tmp_path / "1.tar"))).items()
-    assert count == ("files in a tar without an image (.jpg, .jpeg, .png, .webp) of their name", 3)
+    assert count == ("files in a tar without an image (.jpg, .jpeg, .png, .webp) of their name", 5)
     for name in ("cat/1.png", "cat/2.gif", "dog/1.png", "loose.png", "cat/.hidden.png"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_bytes(png("red"))

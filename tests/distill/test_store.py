@@ -13,6 +13,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.data.test_sources import write_tar
 from tests.distill.test_train import tiny_clip
 from tests.test_compress import DATA, phase, teacher_recipe
 from tinyclip.compress import compress
@@ -232,6 +233,23 @@ def test_an_item_that_is_not_the_stored_one_is_refused(teacher, tmp_path):
             stored.embeddings(replace(batch, **changed))
 
 
+def test_a_set_whose_items_have_the_same_names_is_another_set(teacher, tmp_path):
+    for name, captions in (("ours", "cat"), ("theirs", "dog")):
+        (tmp_path / name).mkdir()
+        members = {}
+        for number in range(4):
+            Image.new("RGB", (40, 40), (number * 60, 0, 0)).save(tmp_path / f"{number}.png")
+            members[f"{number}.png"] = (tmp_path / f"{number}.png").read_bytes()
+            members[f"{number}.txt"] = f"{captions} {number}".encode()
+        write_tar(tmp_path / name / "0.tar", members)
+    build(teacher, tmp_path / "store", open_source(f"{tmp_path}/ours/0.tar?limit=3"))
+    with pytest.raises(ValueError, match="built with other data: item 0 had other captions"):
+        build(teacher, tmp_path / "store", open_source(f"{tmp_path}/theirs/0.tar"))
+    build(teacher, tmp_path / "store", open_source(f"{tmp_path}/ours/0.tar"))
+    odd = "a name that is no UTF-8: \udce9"
+    assert store_module.hash_of(odd) != store_module.hash_of(odd[:-1])
+
+
 def test_a_damaged_part_is_named(teacher, tmp_path):
     build(teacher, tmp_path / "store")
     part = tmp_path / "store" / "000001.safetensors"
@@ -246,6 +264,7 @@ def test_a_store_of_images_that_are_decoded_otherwise_is_refused(teacher, tmp_pa
     (tmp_path / "pairs.tsv").write_text("file\tcaption\na.jpg\ta picture\nb.jpg\tanother\n")
     scaled, whole = (open_source(f"{tmp_path}/pairs.tsv{more}") for more in ("?jpeg_side=40", ""))
     assert jpeg_sides(scaled) == 40 and jpeg_sides(Mixture([scaled, whole], [1, 1])) == [40, None]
+    assert jpeg_sides(Mixture([whole, whole], [1, 1])) is None  # so that it may grow
     build(teacher, tmp_path / "store", scaled)
     with pytest.raises(ValueError, match="holds other embeddings; changed: jpeg_side: 40 -> None"):
         build(teacher, tmp_path / "store", whole)

@@ -5,6 +5,7 @@ The average of the weights is the sum of its definition over the recorded weight
 
 import importlib.util
 import json
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -356,8 +357,11 @@ def test_a_step_asks_its_device_nothing_and_waits_for_no_copy(masked, micro_batc
     Optimizers are left out: of CUDA's fused AdamW there is no such twin.
     """
     monkeypatch.setitem(MACS_PER_CALL, "cuda", 1.0)  # texts in chunks
+    moved = []
     for user in ("model", "preprocess", "distill.train", "shrink.masks"):
-        monkeypatch.setattr(f"tinyclip.{user}.to_device", lambda x, device: x.to(device, non_blocking=True))
+        monkeypatch.setattr(
+            f"tinyclip.{user}.to_device", lambda x, device: moved.append(x.shape) or x.to(device, non_blocking=True)
+        )
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_settings: nullcontext())
     monkeypatch.setattr(module, "_has_fused", lambda _device: False)
     monkeypatch.setattr(module._State, "update", lambda *_: None)
@@ -376,4 +380,13 @@ def test_a_step_asks_its_device_nothing_and_waits_for_no_copy(masked, micro_batc
     with CopiesBetweenDevices() as copies:
         values = module._step(state, batch.batch(0), config, [teacher], 0, 4, 0)
     assert values["loss"].is_meta and values["grad_norm"].is_meta
-    assert len(copies.waits) > 10 and not any(copies.waits)
+    assert len(copies.waits) == len(moved) and not any(copies.waits)
+    assert moved.count((3,)) >= 4  # mean and standard deviation of pixels, of student and teacher
+
+
+def test_a_learned_scale_is_put_back_to_where_it_has_a_gradient(tmp_path):
+    student = tiny_clip()
+    with torch.no_grad():
+        student.logit_scale.fill_(5.0)
+    train(student, open_source(DATA.train), DATA, phase(1, objective=CONTRASTIVE), tmp_path)
+    assert student.logit_scale.item() == pytest.approx(math.log(100), abs=1e-5) and student.scale < 100

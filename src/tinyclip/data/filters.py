@@ -98,22 +98,29 @@ class Filtered:
 def _pass(source: Readable, min_chars: int, min_side: int, dedup: bool) -> dict[str, Any]:
     kept, left_out, seen = [], Counter(), set()
     for index in range(len(source)):
-        reason = _reason(source, index, min_chars, min_side, seen if dedup else None)
-        if reason is None:
-            kept.append(index)
-            left_out[SHORT_CAPTIONS] += _num_short(source, index, min_chars)
-        else:
+        lengths = _caption_lengths(source, index) if min_chars else []
+        if lengths and max(lengths) < min_chars:
+            left_out[SHORT] += 1
+        elif reason := _reason(source, index, min_side, seen if dedup else None):
             left_out[reason] += 1
-    left_out = +left_out  # without zeros
+        else:
+            kept.append(index)
+            if num_short := sum(length < min_chars for length in lengths):
+                left_out[SHORT_CAPTIONS] += num_short
     return {"kept": kept, "left_out": dict(left_out)}
 
 
-def _reason(source: Readable, index: int, min_chars: int, min_side: int, seen: set[bytes] | None) -> str | None:
-    """Why an item is left out, or None."""
+def _caption_lengths(source: Readable, index: int) -> list[int]:
+    """Characters; none where the item cannot be read."""
     try:
-        captions = source.captions(index) if min_chars else ()
-        if captions and max(map(len, captions)) < min_chars:
-            return SHORT
+        return [len(caption) for caption in source.captions(index)]
+    except (BadItem, OSError):
+        return []
+
+
+def _reason(source: Readable, index: int, min_side: int, seen: set[bytes] | None) -> str | None:
+    """Why the image is left out, or None."""
+    try:
         data = source.encoded(index) if min_side or seen is not None else b""
     except (BadItem, OSError):
         return None
@@ -126,14 +133,6 @@ def _reason(source: Readable, index: int, min_chars: int, min_side: int, seen: s
         return TWICE
     seen.add(sha256)
     return None
-
-
-def _num_short(source: Readable, index: int, min_chars: int) -> int:
-    """Captions."""
-    try:
-        return sum(len(caption) < min_chars for caption in source.captions(index)) if min_chars else 0
-    except (BadItem, OSError):
-        return 0
 
 
 def _shorter_side(data: bytes) -> int | None:

@@ -177,7 +177,7 @@ class PairLoader:
 
 def view_random(key: str, view: int) -> Random:
     """What draws crop number `view` of the picture named `key`: the same in every run."""
-    return Random(f"{view}/{key}")
+    return Random(f"{view}/{key}".encode(errors="surrogatepass"))  # a file's name may be no UTF-8
 
 
 class EvalBatches:
@@ -238,13 +238,13 @@ def _tokenize(tokenizer: Callable[[Sequence[str]], Tensor], captions: list[str])
 
 
 def check_share_of_bad(name: str, num_bad: int, num_seen: int, enough: int, limit: float, skipped: Skipped) -> None:
-    """Raises ValueError when more than a share `limit` is bad of the items seen, `enough` or MANY at least."""
+    """Raises ValueError when more than a share `limit` of the items seen is bad, once `enough` or MANY were seen."""
     if num_seen >= min(enough, MANY) and num_bad > limit * num_seen:
         raise ValueError(f"{name}: {num_bad} of {num_seen} items are bad, the limit is {limit:.1%}{examples(skipped)}")
 
 
 def examples(skipped: Skipped) -> str:
-    """The end of a message."""
+    """ ": KEY: REASON; KEY: REASON", to be put behind a message; empty where none is bad."""
     return ": " * bool(skipped) + "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
 
 

@@ -53,8 +53,9 @@ class Mixture:
         return int(self.first[-1])
 
     def key(self, index: int) -> str:
+        """The member's number, from 1, and its own key: members may name their items alike."""
         member, own = self._at(index)
-        return member.key(own)
+        return f"{np.searchsorted(self.first, index, side='right')}/{member.key(own)}"
 
     def image(self, index: int) -> Image.Image:
         member, own = self._at(index)

@@ -34,6 +34,7 @@ from tinyclip.data.texts import Words
 from tinyclip.progress import Display
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+WITHOUT_IMAGE = f"files in a tar without an image (.{', .'.join(EXTENSIONS)}) of their name"
 WINDOW_SHARDS = 8
 FEW_SHARDS = 8  # to read for their index: nothing is shown
 INDEX_VERSION = 2
@@ -256,21 +257,22 @@ class Shards(Tars):
         super().__init__(spec.path, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
         if not len(self):
             raise ValueError(f"{spec.path}: no images")
-        self._words = Words(spec, self._columns())
+        self._words = Words(spec, *self._columns())
 
-    def _columns(self) -> list[str]:
-        """The fields of the first shard's first samples; some may lack some, or be damaged."""
-        columns: dict[str, Any] = {}
+    def _columns(self) -> tuple[list[str], list[str]]:
+        """The fields of the first shard's first samples, and those that most have; some samples may be damaged."""
+        counts: Counter[str] = Counter()
         damaged: list[str] = []
         first_shard, _ = self._at(0)
-        for index in range(min(FIRST_SAMPLES, int(self.first[first_shard + 1]))):
+        num_read = min(FIRST_SAMPLES, int(self.first[first_shard + 1]))
+        for index in range(num_read):
             try:
-                columns |= self._row(index)
+                counts.update(self._row(index).keys())
             except BadItem as error:
                 damaged.append(f"{self.name}: {self.key(index)}: {error}")
-        if damaged and not columns:
+        if damaged and not counts:
             raise ValueError(damaged[0])
-        return list(columns)
+        return list(counts), [column for column, count in counts.items() if 2 * count >= num_read - len(damaged)]
 
     def captions(self, index: int) -> Sequence[str]:
         return self._words.captions(self._row(index))
@@ -315,6 +317,8 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
                 key, extension = base_plus_ext(member.name)
                 if key and extension and member.isreg():
                     samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                elif member.isreg():
+                    left_out[WITHOUT_IMAGE] += 1
             end = archive.offset
     except tarfile.TarError as error:
         raise ValueError(f"{name}: not an uncompressed tar, or cut short: {error}") from None
@@ -323,7 +327,7 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
     num_files = sum(map(len, samples.values()))
     with_image = {key: files for key, files in samples.items() if not files.keys().isdisjoint(EXTENSIONS)}
     if without_image := num_files - sum(map(len, with_image.values())):
-        left_out[f"files in a tar without an image (.{', .'.join(EXTENSIONS)}) of their name"] = without_image
+        left_out[WITHOUT_IMAGE] += without_image
     extensions = sorted({extension for files in with_image.values() for extension in files})
     places = [[files.get(extension, (-1, -1)) for extension in extensions] for files in with_image.values()]
     return {

@@ -73,10 +73,11 @@ def open_source(spec: str | Mapping[str, Any] | DataSpec) -> Source:
 
 
 def jpeg_sides(source: Source) -> Any:
-    """The spec's jpeg_side, on which pixels depend; of a mixture a list."""
+    """The spec's jpeg_side, on which pixels depend; of a mixture a list, where a member has one."""
     members: Sequence[Source] | None = getattr(source, "members", None)
     if members is not None:
-        return [jpeg_sides(member) for member in members]
+        sides = [jpeg_sides(member) for member in members]
+        return sides if any(sides) else None
     return getattr(getattr(source, "source", source), "jpeg_side", None)
 
 

@@ -150,7 +150,8 @@ def _read_table(path: Path, quotes: Quotes | None) -> tuple[list[str], list[dict
                 if cells:
                     rows.append(dict(zip(columns, cells, strict=True)))
         except (csv.Error, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            hint = "; quotes=none takes quotes as they are" if "quote" in str(error) or '"' in str(error) else ""
+            unsure = isinstance(error, csv.Error) or "quoted" in str(error)
+            hint = "; quotes=none takes quotes as they are" if unsure else ""
             raise ValueError(f"{path}: near line {line}: {error}{hint}") from None
     if not columns:
         raise ValueError(f"{path}: empty, expected a header line")

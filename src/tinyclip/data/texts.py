@@ -58,13 +58,14 @@ def joined(captions: Iterable[Sequence[str]]) -> Sequence[str]:
 class Words:
     """What a spec says about captions and labels, checked against a set's columns. A column is a template too.
 
+    Where the spec does not say, captions are a column that is `usual`, if there is one; by default all are.
     Raises ValueError for a column that is not there, and where nothing says what a caption or a label is.
     """
 
-    def __init__(self, spec: DataSpec, columns: Sequence[str]) -> None:
+    def __init__(self, spec: DataSpec, columns: Sequence[str], usual: Sequence[str] = ()) -> None:
         self.sep = spec.sep
         self.templates = read_templates(spec.templates) if spec.templates is not None else None
-        self.shares = self._shares(spec, columns)
+        self.shares = self._shares(spec, columns, usual)
         self.label_template = spec.label and as_template(spec.label)
         known = f"it has {', '.join(columns) or 'none'}"
         if not self.shares and spec.label is None:
@@ -74,13 +75,14 @@ class Words:
                 raise ValueError(f"{spec.path}: no column {column!r}; {known}")
 
     @staticmethod
-    def _shares(spec: DataSpec, columns: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    def _shares(spec: DataSpec, columns: Sequence[str], usual: Sequence[str]) -> tuple[tuple[str, float], ...]:
         """Templates of captions, each with its weight."""
         if spec.templates is not None:
             return ()
         if spec.captions is not None:
             return parse_shares(spec.captions)
-        caption = spec.caption or next((name for name in CAPTION_COLUMNS if name in columns), None)
+        known = (name for names in (usual, columns) for name in CAPTION_COLUMNS if name in names)
+        caption = spec.caption or next(known, None)
         return () if caption is None else ((as_template(caption), 1.0),)
 
     @property

@@ -189,7 +189,7 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
     """Embed what is missing; processes take turns with parts."""
     teacher, source = asked.teacher, asked.source
     missing = world.on_main(asked.missing, directory)
-    asked.count(*world.on_main(asked.counts, directory), [])
+    asked.count_bad(world.on_main(asked.num_unreadable, directory), [])
     started, done, skipped = time.perf_counter(), 0, []
     mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
     with stop_requests() as requests, ExitStack() as shown:
@@ -199,27 +199,29 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
             shown.callback(display.close)
         for part in mine:
             path = directory / _name(part)
-            embedded, written = asked.begun(path), time.perf_counter()
+            embedded, written_at, unwritten = asked.begun(path), time.perf_counter(), 0
             for few in asked.embed(part, sum(len(own.keys) for own in embedded), workers):
                 embedded.append(few)
+                unwritten += len(few.keys)
                 skipped += few.skipped
-                asked.count(len(few.skipped), len(few.keys), skipped)
+                asked.count_bad(len(few.skipped), skipped)
                 done += len(few.keys)
                 if display is not None:
                     display.advance(done, done / (time.perf_counter() - started))
                 stop = any(world.sums(len(requests))) if teacher.sharded else bool(requests)
-                if stop or time.perf_counter() - written > UNWRITTEN_S:
+                if stop or time.perf_counter() - written_at > UNWRITTEN_S:
                     asked.write(path, embedded, world)
-                    written = time.perf_counter()
+                    written_at, unwritten = time.perf_counter(), 0
                 if stop:
                     stopped = f"stopped after asking {teacher.name} about {done:,} images, kept in {directory}"
                     raise Interrupted(stopped, requests[0] if requests else signal.SIGTERM)
-            asked.write(path, embedded, world)
+            if unwritten:
+                asked.write(path, embedded, world)
     world.barrier()
     skipped = skipped if teacher.sharded else world.concatenated(skipped)
-    if skipped:
+    if num_bad := world.on_main(asked.num_unreadable, directory):
         say(
-            f"teacher store: {len(skipped):,} images could not be read, and will not be asked about again unless their "
+            f"teacher store: {num_bad:,} images could not be read, and will not be asked about again unless their "
             f"part of {directory} is deleted{examples(skipped)}"
         )
     if missing:
@@ -298,7 +300,7 @@ class _Asked:
         max_bad_share: float,
     ):
         self.teacher, self.source, self.config, self.max_bad_share = teacher, source, config, max_bad_share
-        self.num_bad = self.num_seen = 0
+        self.num_bad = 0
         self.loader = PairLoader(source, [teacher.reader], batch_size=2, seed=0, crop_scale=crop_scale)
         self.num_parts = math.ceil(len(source) / ITEMS)
         self.seconds_a_view = 0.0  # of the teacher alone, for one crop and one caption of each item so far
@@ -340,19 +342,27 @@ class _Asked:
             key = self.source.key(items[row])
             if stored.key(row) not in (hash_of(key), UNREADABLE):
                 raise ValueError(f"{path}: built with other data: item {items[row]} was not {key}; use another store")
+        if part == 0 and stored.key(0) != UNREADABLE and self._captions_differ(stored):
+            raise ValueError(f"{path}: built with other data: item 0 had other captions; use another store")
         return len(stored)
 
-    def counts(self, directory: Path) -> tuple[int, int]:
-        """Items that could not be read, and all, of the parts that are there."""
-        paths = [path for part in range(self.num_parts) if (path := directory / _name(part)).exists()]
-        keys = [_Part(path).tensors["key"] for path in paths]
-        return sum(int((own == UNREADABLE).sum()) for own in keys), sum(map(len, keys))
+    def _captions_differ(self, first: _Part) -> bool:
+        """Of the first item; those of others would have to be read."""
+        stored = first.tensors["caption"][: int(first.tensors["first"][1])].tolist()
+        try:
+            return stored != [hash_of(caption) for caption in self.source.captions(0)]
+        except BadItem:
+            return False
 
-    def count(self, num_bad: int, num_seen: int, skipped: Skipped) -> None:
-        """Raises ValueError where too many cannot be read, of all that this process knows."""
-        self.num_bad, self.num_seen = self.num_bad + num_bad, self.num_seen + num_seen
-        counts = (self.num_bad, self.num_seen, len(self.source))
-        check_share_of_bad(self.source.name, *counts, self.max_bad_share, skipped)
+    def num_unreadable(self, directory: Path) -> int:
+        """Items of the parts that are there."""
+        paths = [path for part in range(self.num_parts) if (path := directory / _name(part)).exists()]
+        return sum(int((_Part(path).tensors["key"] == UNREADABLE).sum()) for path in paths)
+
+    def count_bad(self, num_bad: int, skipped: Skipped) -> None:
+        """Raises ValueError where too many of all items cannot be read, as far as this process knows."""
+        self.num_bad += num_bad
+        check_share_of_bad(self.source.name, self.num_bad, len(self.source), 0, self.max_bad_share, skipped)
 
     def begun(self, path: Path) -> list[_Embedded]:
         """What there is of a part."""

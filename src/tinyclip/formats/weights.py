@@ -69,6 +69,7 @@ def shape(state: Mapping[str, Tensor], name: str, num_dims: int, where: str) -> 
 
 def write(state: Mapping[str, Tensor], path: Path) -> None:
     """A .safetensors file with the permissions of any new file; save_file's own are private."""
+    path.unlink(missing_ok=True)  # what another left behind has its own permissions
     path.touch()
     mode = path.stat().st_mode
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
