@@ -351,7 +351,7 @@ def _rows(x_BLD: Tensor, at_Bn: Tensor) -> Tensor:
 def _gated_linear(layer: nn.Linear, y_BLF: Tensor, width_D: Tensor | None, gate_F: Tensor | None) -> Tensor:
     """layer(y * gate) * width. The gates multiply the weights, or the activations where those are fewer.
 
-    A compiler would trace each of the two, and it makes the products with activations part of their neighbours.
+    Compiled, always the activations: both ways would be traced, and these products are fused with their neighbours.
     """
     if width_D is None or gate_F is None:
         return layer(y_BLF)

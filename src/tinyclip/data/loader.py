@@ -244,7 +244,7 @@ def check_share_of_bad(name: str, num_bad: int, num_seen: int, enough: int, limi
 
 
 def examples(skipped: Skipped) -> str:
-    """ ": KEY: REASON; KEY: REASON", to be put behind a message; empty where none is bad."""
+    """What follows a message: a colon and the first few, each as KEY: REASON; nothing where none is bad."""
     return ": " * bool(skipped) + "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
 
 

@@ -140,7 +140,7 @@ class _Part:
         """All of it, to be continued."""
         keys, captions, counts = (self.tensors[name].tolist() for name in ("key", "caption", "first"))
         num_captions = [end - start for start, end in itertools.pairwise(counts)]
-        return _Embedded(keys, num_captions, captions, self.tensors["image"].float(), self.tensors["text"].float(), [])
+        return _Embedded(keys, num_captions, captions, self.tensors["image"].float(), self.tensors["text"].float())
 
     def __len__(self) -> int:
         return len(self.tensors["key"])
@@ -187,10 +187,10 @@ def store_teacher(
 
 def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: Callable[[str], None]) -> None:
     """Embed what is missing; processes take turns with parts."""
-    teacher, source = asked.teacher, asked.source
+    teacher = asked.teacher
     missing = world.on_main(asked.missing, directory)
-    asked.count_bad(world.on_main(asked.num_unreadable, directory), [])
-    started, done, skipped = time.perf_counter(), 0, []
+    asked.count_bad(world.on_main(asked.num_unreadable, directory))
+    started = time.perf_counter()
     mine = [part for part in missing if teacher.sharded or part % world.size == world.rank]  # or all of them at once
     with stop_requests() as requests, ExitStack() as shown:
         display = None
@@ -200,38 +200,41 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
         for part in mine:
             path = directory / _name(part)
             embedded, written_at, unwritten = asked.begun(path), time.perf_counter(), 0
-            for few in asked.embed(part, sum(len(own.keys) for own in embedded), workers):
+            for few in asked.embed(part, missing[part], workers):
                 embedded.append(few)
                 unwritten += len(few.keys)
-                skipped += few.skipped
-                asked.count_bad(len(few.skipped), skipped)
-                done += len(few.keys)
                 if display is not None:
-                    display.advance(done, done / (time.perf_counter() - started))
+                    display.advance(asked.num_done, asked.num_done / (time.perf_counter() - started))
                 stop = any(world.sums(len(requests))) if teacher.sharded else bool(requests)
                 if stop or time.perf_counter() - written_at > UNWRITTEN_S:
                     asked.write(path, embedded, world)
                     written_at, unwritten = time.perf_counter(), 0
                 if stop:
-                    stopped = f"stopped after asking {teacher.name} about {done:,} images, kept in {directory}"
-                    raise Interrupted(stopped, requests[0] if requests else signal.SIGTERM)
+                    stopped = f"stopped after asking {teacher.name} about {asked.num_done:,} images"
+                    raise Interrupted(f"{stopped}, kept in {directory}", requests[0] if requests else signal.SIGTERM)
             if unwritten:
                 asked.write(path, embedded, world)
     world.barrier()
-    skipped = skipped if teacher.sharded else world.concatenated(skipped)
+    if missing:
+        _tell(asked, directory, sum(missing.values()) / (time.perf_counter() - started), world, say)
+
+
+def _tell(asked: _Asked, directory: Path, images_per_s: float, world: World, say: Callable[[str], None]) -> None:
+    """What was stored, what could not be, and what it saves."""
+    num_processes = 1 if asked.teacher.sharded else world.size  # that took turns
+    skipped = asked.skipped if num_processes == 1 else world.concatenated(asked.skipped)
     if num_bad := world.on_main(asked.num_unreadable, directory):
         say(
             f"teacher store: {num_bad:,} images could not be read, and will not be asked about again unless their "
             f"part of {directory} is deleted{examples(skipped)}"
         )
-    if missing:
-        rate = sum(missing.values()) / (time.perf_counter() - started)
-        size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-        an_epoch = asked.seconds_a_view * len(source) / max(1, done) / (1 if teacher.sharded else world.size)
-        say(
-            f"teacher store: {len(source):,} images, {size / 1e6:,.1f} MB, {size / len(source):,.0f} bytes each; "
-            f"{rate:,.1f} images/s" + (f"; every epoch saves about {an_epoch:,.1f} s" if done else "")
-        )
+    num_images, size = len(asked.source), sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    line = f"teacher store: {num_images:,} images, {size / 1e6:,.1f} MB, {size / num_images:,.0f} bytes each; "
+    line += f"{images_per_s:,.1f} images/s"
+    if asked.num_done:
+        an_epoch = asked.seconds_a_view * num_images / asked.num_done / num_processes
+        line += f"; every epoch saves about {an_epoch:,.1f} s"
+    say(line)
 
 
 @contextmanager
@@ -285,7 +288,6 @@ class _Embedded(NamedTuple):
     captions: list[int]
     image_nvT: Tensor
     text_mT: Tensor
-    skipped: Skipped
 
 
 class _Asked:
@@ -300,7 +302,9 @@ class _Asked:
         max_bad_share: float,
     ):
         self.teacher, self.source, self.config, self.max_bad_share = teacher, source, config, max_bad_share
-        self.num_bad = 0
+        self.num_done = 0  # items embedded by this process
+        self.num_bad = 0  # of all items, as far as this process knows
+        self.skipped: Skipped = []  # by this process
         self.loader = PairLoader(source, [teacher.reader], batch_size=2, seed=0, crop_scale=crop_scale)
         self.num_parts = math.ceil(len(source) / ITEMS)
         self.seconds_a_view = 0.0  # of the teacher alone, for one crop and one caption of each item so far
@@ -359,19 +363,19 @@ class _Asked:
         paths = [path for part in range(self.num_parts) if (path := directory / _name(part)).exists()]
         return sum(int((_Part(path).tensors["key"] == UNREADABLE).sum()) for path in paths)
 
-    def count_bad(self, num_bad: int, skipped: Skipped) -> None:
-        """Raises ValueError where too many of all items cannot be read, as far as this process knows."""
+    def count_bad(self, num_bad: int) -> None:
+        """Raises ValueError where too many of all items cannot be read."""
         self.num_bad += num_bad
-        check_share_of_bad(self.source.name, self.num_bad, len(self.source), 0, self.max_bad_share, skipped)
+        check_share_of_bad(self.source.name, self.num_bad, len(self.source), 0, self.max_bad_share, self.skipped)
 
     def begun(self, path: Path) -> list[_Embedded]:
         """What there is of a part."""
         return [_Part(path).embedded()] if path.exists() else []
 
-    def embed(self, part: int, begin: int, workers: int) -> Iterator[_Embedded]:
-        """The part's items, a few at a time, from its row `begin` on."""
-        items = self.items(part)
-        starts = range(items.start + begin, items.stop, READ_AT_ONCE)
+    def embed(self, part: int, num_items: int, workers: int) -> Iterator[_Embedded]:
+        """The part's last `num_items`, a few at a time. Raises as `count_bad` does."""
+        end = self.items(part).stop
+        starts = range(end - num_items, end, READ_AT_ONCE)
         for read in in_order(partial(_read, self.loader, self.config.views), starts, workers):
             captions = [hash_of(caption) for caption in read.captions]
             started = time.perf_counter()
@@ -380,7 +384,10 @@ class _Asked:
             texts = self._texts(read.captions)
             self.seconds_a_view += (seen - started) / self.config.views
             self.seconds_a_view += (time.perf_counter() - seen) * len(read.keys) / max(1, len(captions))
-            yield _Embedded(read.keys, read.num_captions, captions, images, texts, read.skipped)
+            self.num_done += len(read.keys)
+            self.skipped += read.skipped
+            self.count_bad(len(read.skipped))
+            yield _Embedded(read.keys, read.num_captions, captions, images, texts)
 
     def write(self, path: Path, embedded: Sequence[_Embedded], world: World) -> None:
         if self.teacher.sharded and not world.is_main:  # which has the same

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tinyclip.config import Config, changes
-from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader, check_share_of_bad
+from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader, Skipped, check_share_of_bad
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
 from tinyclip.device import to_device
@@ -190,7 +190,8 @@ def train(
         world=world,
     )
     num_steps = config.num_steps(loader.steps_per_epoch)
-    enough, named = loader.steps_per_epoch * config.batch_size, []  # items, to say whether too many are bad; the last
+    enough = loader.steps_per_epoch * config.batch_size  # items, to say whether too many are bad
+    lately: Skipped = []  # of the bad ones, for the message
     student.train()
     student.set_recompute(config.recompute)
     student.set_compiled(config.compile)
@@ -209,8 +210,8 @@ def train(
                 skipped = world.concatenated(batch.skipped) if num_skipped else []
                 metrics.skip(step, skipped)
                 seen = state.pairs + state.skipped_pairs
-                named = (skipped + named)[:3]
-                check_share_of_bad(source.name, state.skipped_pairs, seen, enough, data.max_bad_share, named)
+                lately = (skipped + lately)[:3]
+                check_share_of_bad(source.name, state.skipped_pairs, seen, enough, data.max_bad_share, lately)
                 values = _step(state, batch, config, teachers, step, num_steps, seed)
                 metrics.advance(step, pairs)
                 scored = evaluate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0
