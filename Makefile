@@ -1,5 +1,8 @@
-# Everything runs in .venv, which `make install` builds from pyproject.toml.
+# Everything runs in .venv, which `make install` builds from pyproject.toml: in the releases of CONSTRAINTS, or in those
+# that pip chooses where it is empty (make install CONSTRAINTS=).
 PYTHON ?= python3
+TESTED := constraints/tested.txt
+CONSTRAINTS ?= $(TESTED)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -18,16 +21,21 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "installing tinyclip and its development tools into .venv (several GB with torch; some minutes the first time)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@echo "$(CONSTRAINTS)" > .venv/.constraints
+	$(INSTALL) $(CONSTRAINTS:%=--constraint %) || \
+	  { echo "$(CONSTRAINTS) does not fit this machine: pip chooses" | tee .venv/.constraints; $(INSTALL); }
 	@touch $@
 
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	@if [ "$$(cat .venv/.constraints)" = "$(TESTED)" ]; then $(BIN)/pyright; \
+	else echo "pyright: left out, since types are those of $(TESTED)"; fi
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile

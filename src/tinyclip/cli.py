@@ -549,8 +549,8 @@ def _main_command(stops: Sequence[Stopped]) -> None:
     from tinyclip.distributed import MainFailed
     from tinyclip.stopping import Interrupted
 
-    warnings.filterwarnings("ignore", category=UserWarning)
     debug = "--debug" in sys.argv
+    warnings.simplefilter("default" if debug else "ignore")  # of dependencies: none fails a run, whatever -W says
     rank = os.environ.get("RANK", "0")  # among the processes that torchrun started
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])  # wherever it was typed

@@ -35,6 +35,15 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of processes that wait while the main one evaluates or writes
 
 
+def _renamed(name: str, before: str) -> Callable[..., Any]:
+    """A collective by its present name, or by the one that older releases of torch know."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
+_ALL_GATHER = _renamed("all_gather_single", "all_gather_into_tensor")  # since torch 2.14, which deprecates the others
+_REDUCE_SCATTER = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
+
+
 class MainFailed(ValueError):
     """The main process raised what this one waited for."""
 
@@ -136,7 +145,7 @@ class World:
             return rows_nD
         longest = max(counts)
         gathered = rows_nD.new_empty(self.size * longest, rows_nD.shape[1])
-        dist.all_gather_into_tensor(gathered, _padded(rows_nD, longest), group=self.group)
+        _ALL_GATHER(gathered, _padded(rows_nD, longest), group=self.group)
         if min(counts) == longest:
             return gathered
         return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
@@ -149,7 +158,7 @@ class World:
         if min(counts) != longest:
             rows_ND = torch.cat([_padded(part, longest) for part in rows_ND.split(counts)])
         summed = rows_ND.new_empty(longest, rows_ND.shape[1])
-        dist.reduce_scatter_tensor(summed, rows_ND.contiguous(), group=self.group)
+        _REDUCE_SCATTER(summed, rows_ND.contiguous(), group=self.group)
         return summed[: counts[self.rank]]
 
     def mean(self, values_n: Tensor) -> Tensor:

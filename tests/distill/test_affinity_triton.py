@@ -193,7 +193,7 @@ def ranks(tmp_path_factory):
     pytest.importorskip("triton", reason="needs Triton")
     folder = tmp_path_factory.mktemp("interpreted")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    command = [sys.executable, __file__, str(folder)]
     how = {"env": environment, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, str(rank)], **how) for rank in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
