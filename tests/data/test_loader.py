@@ -1,5 +1,6 @@
 """A batch is a function of (seed, step), all readers see the same crop, and bad items are left out and counted."""
 
+from collections import Counter
 from itertools import islice
 from random import Random
 
@@ -78,6 +79,21 @@ def test_an_epoch_visits_every_item_once_in_its_own_order(reader):
     epochs = [[key for batch in first(loader, 6)[start : start + 3] for key in batch.keys] for start in (0, 3)]
     assert all(len(set(keys)) == 12 for keys in epochs)
     assert epochs[0] != epochs[1]
+
+
+def test_every_caption_of_every_item_is_drawn_about_as_often(reader):
+    """Of three captions each a third of the visits, one visit an epoch."""
+    source, epochs = Scenes("train", 10), 200
+    loader = PairLoader(source, [reader], batch_size=10, seed=0, crop_scale=(1, 1))
+    loader.picture = lambda index, random: {0: torch.zeros(3, 16, 16, dtype=torch.uint8)}  # nobody looks at them
+    drawn = Counter()
+    for epoch in range(epochs):
+        batch = loader.batch(epoch)
+        assert sorted(visit.index for visit in batch.visits) == list(range(10))
+        for visit, caption in zip(batch.visits, batch.captions, strict=True):
+            assert caption == source.captions(visit.index)[visit.caption]
+            drawn[visit.index, visit.caption] += 1
+    assert len(drawn) == 30 and all(abs(count - epochs / 3) < 25 for count in drawn.values())  # 6.7 is one deviation
 
 
 def test_pixels_and_tokens_belong_to_the_same_item(reader):
