@@ -81,7 +81,7 @@ def test_every_stage_and_the_run_load_as_models_within_their_budget(finished, te
     whole = tinyclip.load(teacher).config.prunable_params
     for directory, share in ((run / "0-auto-70", 0.7), (run / "1-manual-35", 0.35), (run, 0.35)):
         model = tinyclip.load(directory)
-        assert model.config.prunable_params <= share * whole
+        assert 0.97 * share * whole < model.config.prunable_params <= share * whole
         assert model.encode_text(["a red ring"], normalize=True).norm().item() == pytest.approx(1, abs=1e-5)
     auto = tinyclip.load(run / "0-auto-70").config
     neuron = 2 * max(auto.image.width, auto.text.width) + 1

@@ -120,6 +120,20 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
     assert all(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters())
 
 
+def test_a_step_whose_gradient_alone_is_not_finite_is_skipped(tmp_path):
+    student, calls = tiny_clip(), []
+    before = student.image.projection.weight.detach().clone()
+
+    def break_first(grad):
+        calls.append(grad)
+        return grad * math.inf if len(calls) == 1 else grad
+
+    student.text.projection.weight.register_hook(break_first)
+    outcome = train(student, open_source(DATA.train), DATA, phase(2, objective=CONTRASTIVE), tmp_path)
+    assert outcome.skipped_steps == 1 and all(parameter.isfinite().all() for parameter in student.parameters())
+    assert not torch.equal(student.image.projection.weight, before)  # by the second step
+
+
 def test_a_run_that_only_yields_non_finite_steps_stops(tmp_path, monkeypatch):
     student, source = tiny_clip(), open_source(DATA.train)
     broken = torch.tensor(float("inf"))
@@ -333,6 +347,32 @@ def test_gates_are_not_averaged(tmp_path):
 
     (raw, gates), (averaged, averaged_gates) = masked(), masked(ema_decay=DECAY)
     assert same(gates, averaged_gates) and not same(raw, averaged)
+
+
+def test_masks_that_were_cut_off_continue_to_the_same_bits(tmp_path):
+    """Weights, gates, multipliers and the moments of both optimizers."""
+    original = module._step
+
+    def masked(directory, stop_before=None):
+        def step(state, *arguments):
+            if state.step == stop_before:
+                raise Interrupted("cut off", 15)
+            return original(state, *arguments)
+
+        student, rule = tiny_clip(), LearnMasks(keep_params=0.5)
+        gates, params = HardConcreteGates(student.config, rule.initial_log_alpha), student.config.prunable_params
+        constraint = SizeConstraint(rule, reference_params=params, current_params=params, steps=5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_step", step)
+            masking = Masking(gates, constraint, rule)
+            config = phase(5, lr=3e-3, objective=CONTRASTIVE)
+            train(student, open_source(DATA.train), DATA, config, directory, masking=masking)
+        return [copied(part) for part in (student, gates, constraint)]
+
+    with pytest.raises(Interrupted):
+        masked(tmp_path / "run", stop_before=3)  # a checkpoint holds two steps
+    for whole, continued in zip(masked(tmp_path / "whole"), masked(tmp_path / "run"), strict=True):
+        assert same(whole, continued)
 
 
 class CopiesBetweenDevices(TorchDispatchMode):

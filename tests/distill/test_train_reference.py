@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.distill.test_train import tiny_clip
+from tests.distill.test_train import tiny_clip, tiny_inputs
 from tinyclip import compress as story
 from tinyclip.data.loader import Reader
 from tinyclip.data.sources import open_source
@@ -25,6 +25,7 @@ from tinyclip.distill.train import DataConfig, Masking, TrainConfig, train
 from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP, Gates, TowerGates, initialise
 from tinyclip.recipe import Recipe, Stage
+from tinyclip.shrink.keep import Keep
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 
 STEPS, SEED = 6, 3
@@ -248,7 +249,11 @@ def state_of(student, masking):
 def difference(ours, theirs):
     """The largest of any weight."""
     assert ours.keys() == theirs.keys()
-    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
+    return max(gap(ours[name], theirs[name]) for name in ours)
+
+
+def gap(ours, theirs):
+    return (ours.double() - theirs.double()).abs().max().item()
 
 
 def moved(before, after):
@@ -257,21 +262,22 @@ def moved(before, after):
 
 STUDENT, TEACHERS = tiny_clip(seed=1), [_from_clip(f"teacher {seed}", tiny_clip(seed=seed)) for seed in (0, 2)]
 PARAMS = STUDENT.config.prunable_params
+INPUTS = tiny_inputs().pixels, tiny_inputs().tokens
 MASKS = LearnMasks(keep_params=0.4, log_alpha_lr=0.3, multiplier_lr=2.0, initial_log_alpha=4.375, target_warmup=0.5)
 ALL_TERMS = Objective(affinity=0.7, contrastive=0.4, feature=0.6, student_scale="learned", teacher_scale="teacher")
 SCENARIOS = {
-    "the published objective": ({}, {}),
-    "no clip, no warm-up": ({"clip_norm": None, "warmup_steps": 0}, {}),
-    "every term": ({"objective": ALL_TERMS}, {}),
-    "two teachers": ({"objective": Objective(student_scale=20, teacher_scale=35)}, {"teachers": TEACHERS}),
-    "captions alone": ({"objective": Objective(affinity=0, contrastive=1)}, {"teachers": ()}),
+    "published": ({}, {}),
+    "no-clip-and-no-warm-up": ({"clip_norm": None, "warmup_steps": 0}, {}),
+    "terms": ({"objective": ALL_TERMS}, {}),
+    "two-teachers": ({"objective": Objective(student_scale=20, teacher_scale=35)}, {"teachers": TEACHERS}),
+    "captions": ({"objective": Objective(affinity=0, contrastive=1)}, {"teachers": ()}),
     "gates": ({"weight_decay": 0.05}, {"rule": MASKS, "reference_params": 2 * PARAMS}),
-    "gates in micro-batches": ({"micro_batch_size": 3}, {"rule": MASKS, "reference_params": PARAMS}),
-    "micro-batches and a learned scale": ({"micro_batch_size": 3, "objective": ALL_TERMS}, {}),
-    "an average": ({"ema_decay": 0.7}, {}),
-    "dropped patches": ({"image_tokens": 0.5, "whole_images": 0.3}, {}),
+    "gates-in-micro-batches": ({"micro_batch_size": 3}, {"rule": MASKS, "reference_params": PARAMS}),
+    "micro-batches": ({"micro_batch_size": 3, "objective": ALL_TERMS}, {}),
+    "average": ({"ema_decay": 0.7}, {}),
+    "patches": ({"image_tokens": 0.5, "whole_images": 0.3}, {}),
     "recomputation": ({"recompute": True}, {"rule": MASKS, "reference_params": PARAMS}),
-    "a constant target": ({}, {"rule": MASKS.model_copy(update={"target_warmup": 0}), "reference_params": PARAMS}),
+    "constant-target": ({}, {"rule": MASKS.model_copy(update={"target_warmup": 0}), "reference_params": PARAMS}),
 }  # fmt: skip
 
 
@@ -378,14 +384,23 @@ def test_with_recomputation_every_block_is_computed_twice(recompute, tmp_path):
 
 
 def test_every_phase_of_a_run_is_the_loop_with_a_seed_of_its_own(tmp_path, monkeypatch):
-    """Two stages of learned masks: 1000 x the recipe's seed, then one number more for each phase. In fp32."""
-    phases, wrong = [], []
+    """Two stages of learned masks: 1000 x the recipe's seed, then one number more for each phase. In fp32.
+
+    What is distilled is what the masked student was, its gates multiplied in.
+    """
+    phases, wrong, masked = [], [], []
 
     def judged(student, source, data, config, directory, *, teachers, seed, masking=None, **rest):
         before, how = copy.deepcopy(student), {"teachers": teachers, "seed": 4000 + len(phases)}
         if masking is not None:
             how |= {"rule": recipe.stages[len(phases) // 2].shrink, "reference_params": PARAMS}
+        else:
+            pruned, gates = masked.pop()
+            gates = gates.values(Keep.model_validate_json((directory.parent / "keep.json").read_text()))
+            wrong.append(max(map(gap, before(*INPUTS), pruned(*INPUTS, gates))))
         outcome = train(student, source, data, config, directory, teachers=teachers, seed=seed, masking=masking, **rest)
+        if masking is not None:
+            masked.append((copy.deepcopy(student).eval(), masking.gates))
         *_, expected = loop(before, PAIRS, config, **how)
         phases.append(directory.relative_to(tmp_path / "run").as_posix())
         wrong.append(difference(state_of(student, masking), expected))
@@ -395,7 +410,7 @@ def test_every_phase_of_a_run_is_the_loop_with_a_seed_of_its_own(tmp_path, monke
     stages = [
         Stage(
             name=f"keep-{keep}",
-            shrink=LearnMasks(keep_params=keep, log_alpha_lr=0.1),
+            shrink=LearnMasks(keep_params=keep, log_alpha_lr=0.1, initial_log_alpha=3),
             while_masking=settings(steps=None, epochs=2),
             distill=settings(steps=3),
         )

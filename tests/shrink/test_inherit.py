@@ -139,6 +139,19 @@ def test_largest_keeps_the_largest_by_eye():
 
 
 @torch.no_grad()
+def test_channels_are_judged_by_the_layers_that_stay():
+    """Layer 0 writes most to channel 6, layer 1, which is lost, to channel 3."""
+    model = clip(text_width=8, text_layers=2)
+    weights = model.text.state_dict()  # the weights themselves, not copies
+    for weight in weights.values():
+        weight.fill_(1.0)
+    weights["blocks.0.ffn.down.weight"][6] = 2
+    weights["blocks.1.ffn.down.weight"][3] = 9
+    keep = choose(model, Inherit(text=TowerRule(layers=1, width=4, channels="largest"))).text
+    assert keep.blocks == (0,) and 6 in keep.width and 3 not in keep.width
+
+
+@torch.no_grad()
 def test_keys_and_queries_do_not_make_a_head_large():
     model = clip(text_width=8, text_layers=1)
     weights = model.text.state_dict()

@@ -129,6 +129,15 @@ def test_expected_parameters_equal_the_official_ones_up_to_the_biases(golden):
         assert gates.expected_params().item() == pytest.approx(total, rel=1e-12)
 
 
+def test_gates_by_eye():
+    """Those of the official code: temperature 2/3, stretched to (-0.1, 1.1); a survivor's value is a little sharper."""
+    gates = HardConcreteGates(small_uniform(), LearnMasks(keep_params=0.5).initial_log_alpha)
+    assert open_probability(gates.text.width_D[0]).item() == pytest.approx(0.996, abs=5e-4)
+    assert open_probability(torch.tensor(0.0)).item() == pytest.approx(1 / (1 + (0.1 / 1.1) ** (2 / 3)))
+    assert value(torch.tensor([0.0, 1.0, -5.0])).tolist() == pytest.approx([0.5, 0.7685, 0.0025], abs=5e-5)
+    assert sample(torch.tensor([0.0, 9.0, -9.0]), torch.full((3,), 0.5)).tolist() == [0.5, 1.0, 0.0]
+
+
 def test_all_gates_open_are_expected_to_keep_every_parameter():
     model = tiny_clip()
     gates = HardConcreteGates(model.config, initial_log_alpha=100.0).double()
@@ -240,6 +249,21 @@ def test_gates_that_met_the_constraint_are_cut_as_expected():
             log_alpha[::2] = 9.0
     expected = Keep.open_gates(gates.config, gates.map(lambda log_alpha: (log_alpha > 0).float()))
     assert survivors(gates, expected.shrink(config).prunable_params) == expected
+
+
+def test_what_is_left_of_a_budget_goes_to_the_most_open_that_fit_exactly():
+    """Of one closed vector two neurons are paid for: the two that are most open."""
+    config = small_uniform()
+    gates = HardConcreteGates(config, 9.0)
+    with torch.no_grad():
+        for tower in (gates.image, gates.text):
+            for log_alpha in tower.ffn:
+                log_alpha.fill_(-30.0)
+        gates.image.ffn[1][5], gates.image.ffn[1][70] = -29.0, -28.0
+    without = Keep.open_gates(config, gates.map(lambda log_alpha: (log_alpha > 0).float()))
+    budget = without.shrink(config).prunable_params + 2 * (2 * config.image.width + 1)
+    keep = survivors(gates, budget)
+    assert keep.image.ffn == ((), (5, 70), ()) and keep.shrink(config).prunable_params == budget
 
 
 def test_everything_survives_a_budget_of_everything():
