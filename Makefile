@@ -6,13 +6,14 @@ CONSTRAINTS ?= $(TESTED)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lint test soak demo bench evidence clean
+.PHONY: help install lint test mutants soak demo bench evidence clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make install   create .venv and install tinyclip with its development tools"
 	@echo "make lint      ruff and pyright"
 	@echo "make test      lint, then pytest"
+	@echo "make mutants   plant mistakes in a copy of the package, one at a time, and list those that no test catches"
 	@echo "make soak      stop and continue small runs at FAULTS random points (300) and compare what they leave"
 	@echo "make demo      shrink a small CLIP on generated pictures"
 	@echo "make bench     the tables of RESULTS.md that are timings"
@@ -39,6 +40,9 @@ lint: install
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 FAULTS ?= 300
 SEED ?= 0

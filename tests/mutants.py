@@ -154,6 +154,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ("student and teacher swapped",
          "kind(pairs, 0, scales.affinity), kind(pairs, 1, scales.teacher, means=True)",
          "kind(pairs, 1, scales.affinity), kind(pairs, 0, scales.teacher, means=True)", EXACT),
+        ("a pair of its own pulls half as much", "sub_(2 * self.contrastive)", "sub_(self.contrastive)",
+         "distill/test_affinity.py::test_both_losses_at_once_equal_their_definitions"),
+        ("similarities are in bf16", "with torch.autocast(image.device.type, enabled=False):",
+         "with torch.autocast(image.device.type, enabled=torch.is_autocast_enabled(image.device.type)):",
+         "distill/test_affinity.py::test_scores_stay_fp32_under_autocast"),
         ("gradients shrink with the number of processes", "per_row = world.size / (2", "per_row = 1 / (2", RANKS),
     ),
     *_of(
@@ -167,7 +172,7 @@ MUTANTS: tuple[Mutant, ...] = (
          "distill/test_teacher.py::test_a_tinyclip_model_teaches"),
         ("a teacher of open_clip has the logarithm of its scale", "model.logit_scale.exp().item()",
          "model.logit_scale.item()",
-         "distill/test_teacher.py::test_vits_and_resnets_can_be_inherited_and_others_say_why_not"),
+         "distill/test_teacher.py::test_embeddings_equal_open_clip"),
     ),
     *_of(
         "distill/store.py",
@@ -176,8 +181,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ("stored vectors are not of length 1", "return unit(image_BT.float()), unit(text_BT.float())",
          "return image_BT.float(), text_BT.float()",
          "distill/test_store.py::test_stored_embeddings_are_those_of_the_crops_and_captions_that_a_batch_holds"),
+        ("a stored teacher has a scale of its own", "teacher.name, teacher.embed_dim, teacher.scale",
+         "teacher.name, teacher.embed_dim, 50.0",
+         "distill/test_store.py::test_a_student_of_the_store_is_the_student_of_the_live_teacher"),
         ("every caption is the first", "int(first[row]) + visit.caption", "int(first[row])",
          "distill/test_store.py::test_stored_embeddings_are_those_of_the_crops_and_captions_that_a_batch_holds"),
+    ),
+    *_of(
+        "distill/checkpoints.py",
+        ("a damaged checkpoint is continued", "if _digits(path) != digits:", "if False:",
+         "distill/test_checkpoints.py::test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used"),
     ),
     *_of(
         "distributed.py",
@@ -197,6 +210,8 @@ MUTANTS: tuple[Mutant, ...] = (
          "shrink/test_masks.py::test_gates_by_eye"),
         ("output biases are not counted", "2 * len(config.blocks) * width  # output", "0 * width  # output",
          "shrink/test_masks.py::test_all_gates_open_are_expected_to_keep_every_parameter"),
+        ("3x3 convolutions count as 1x1", "second * (9 * first + 2)", "second * (first + 2)",
+         "test_model_resnet.py::test_expected_parameters_of_decided_gates_are_those_of_the_cut_model"),
         ("the target starts at 0", "return self.start + (self.end - self.start) * share", "return self.end * share",
          GATES),
         ("the quadratic multiplier starts at 0", "torch.tensor(10.0)", "torch.tensor(0.0)", GATES),
@@ -251,6 +266,7 @@ MUTANTS: tuple[Mutant, ...] = (
          "test_model.py::test_texts_in_chunks_of_similar_length_are_the_same_texts"),
         ("patches that are seen have the first places", "_rows(position, seen_Bn)", "position[:, : seen_Bn.shape[1]]",
          "test_model.py::test_a_vit_that_sees_all_patches_in_any_order_sees_the_picture"),
+        ("the class token has no place", "(self.class_embedding + self.position[0])", "self.class_embedding", TOWERS),
         ("residual outputs do not shrink with depth", "(2 * len(tower.blocks) * D) ** -0.5", "D**-0.5",
          "test_model.py::test_initialisation_gives_every_parameter_its_published_size"),
     ),
@@ -325,9 +341,16 @@ MUTANTS: tuple[Mutant, ...] = (
          "data/test_mixture.py::test_a_member_shows_all_its_items_once_before_it_shows_any_again"),
     ),
     *_of(
+        "data/scenes.py",
+        ("held-out names are trained on", "random.choice(SEEN), SEEN)", "random.choice(NAMES), NAMES)",
+         "data/test_scenes.py::test_held_out_names_never_occur_in_train_and_always_in_heldout"),
+    ),
+    *_of(
         "evaluate/embed.py",
         ("ties count for the model", "(similarity(block) >= best_R1)", "(similarity(block) > best_R1)",
          "evaluate/test_retrieval.py::test_a_model_that_says_the_same_of_everything_scores_nothing"),
+        ("images are taken for their neighbours", "torch.cat(embeddings)[rows]", "torch.cat(embeddings)[: len(rows)]",
+         "evaluate/test_zeroshot.py::test_a_labelled_source_is_scored"),
         ("an image's own texts compete", " & (group_R1 != group)).sum(-1)", ").sum(-1)",
          "evaluate/test_retrieval.py::test_recall_by_eye"),
     ),
@@ -340,6 +363,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluate/zeroshot.py",
         ("a class of many words is nearer to all", "return F.normalize(sum_CE, dim=-1)", "return sum_CE",
          "evaluate/test_zeroshot.py::test_a_class_is_the_mean_over_synonyms_and_templates"),
+        ("top 5 is top 4", "scores | (interval(rank_I <= 5)", "scores | (interval(rank_I < 5)",
+         "evaluate/test_zeroshot.py::test_scores_of_answers_by_eye"),
         ("only the first template counts", "for name in names for template in templates]",
          "for name in names for template in [templates[0]] * len(templates)]",
          "evaluate/test_zeroshot.py::test_a_class_is_the_mean_over_synonyms_and_templates"),
@@ -350,6 +375,8 @@ MUTANTS: tuple[Mutant, ...] = (
          "evaluate/test_linear_probe.py::test_the_search_finds_a_single_peak_in_15_fits"),
         ("the last fit leaves the validation images out", "fit(everything, C, solver)", "fit(train, C, solver)",
          "evaluate/test_linear_probe.py::test_the_probe_is_the_protocol_written_out"),
+        ("C is chosen among images that are fitted", "own[num_first : num_first + num_second]", "own[:num_second]",
+         "evaluate/test_linear_probe.py::test_without_a_validation_split_a_fifth_of_each_class_is_held_out"),
         ("C is chosen on the images that it is fitted to", "C, everything = swept_C(train, held_out, solver)",
          "C, everything = swept_C(train, train, solver)",
          "evaluate/test_linear_probe.py::test_the_probe_is_the_protocol_written_out"),
@@ -358,6 +385,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluate/confidence.py",
         ("large classes weigh more", "mean = np.mean([group.mean() for group in groups])", "mean = value_N1.mean()",
          "evaluate/test_confidence.py::test_with_groups_it_is_the_mean_of_class_means_drawn_within_each_class"),
+    ),
+    *_of(
+        "evaluate/compare.py",
+        ("a loss is called a gain", "paired_difference(right.student, right.teacher, group_I)",
+         "paired_difference(right.teacher, right.student, group_I)",
+         "evaluate/test_compare.py::test_a_blind_student_loses_the_blue_pictures"),
+    ),
+    *_of(
+        "evaluate/drift.py",
+        ("CKA sees where embeddings lie", "return rows_NE - rows_NE.mean(0)", "return rows_NE",
+         "evaluate/test_compare.py::test_cka_is_the_formula_on_gram_matrices"),
     ),
     *_of(
         "evaluate/cost.py",
@@ -373,6 +411,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "formats/openai.py",
         ("OpenAI's models have GELU", 'activation="quick_gelu",', 'activation="gelu",',
          "formats/test_openai.py::test_an_archive_gives_the_features_of_the_model_that_was_saved"),
+    ),
+    *_of(
+        "formats/huggingface.py",
+        ("queries, keys and values in another order", 'for part in "qkv"]', 'for part in "kqv"]',
+         "formats/test_huggingface.py::test_a_clip_model_of_transformers_gives_the_same_features_here"),
     ),
     *_of(
         "formats/checkpoint.py",
@@ -501,11 +544,11 @@ def end(child: BaseProcess) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose description holds it")
-    only = parser.parse_args(arguments).only
-    mutants = [mutant for mutant in MUTANTS if only in mutant.means]
+    parser.add_argument("--only", action="append", metavar="TEXT", help="mutants whose description holds it; again")
+    only = parser.parse_args(arguments).only or [""]
+    mutants = [mutant for mutant in MUTANTS if any(text in mutant.means for text in only)]
     if not mutants:
-        parser.error(f"--only: no mutant means {only!r}")
+        parser.error(f"--only: no mutant is described by {' or '.join(only)}")
     started, verdicts = time.perf_counter(), []
     os.environ["OMP_NUM_THREADS"] = "1"
     for library in LIBRARIES:

@@ -79,10 +79,10 @@ def test_a_student_of_the_store_is_the_student_of_the_live_teacher(teacher, tmp_
     data = DataConfig(train=DATA.train, crop_scale=(1.0, 1.0))
     source = open_source(data.train)
     stored = build(teacher, tmp_path / "store", source, crop_scale=(1.0, 1.0), views=1)
-    students = []
+    students, config = [], phase(6, lr=1e-3, objective=Objective(teacher_scale="teacher"))
     for name, taught_by in (("live", teacher), ("store", stored)):
         students.append(tiny_clip(seed=1))
-        train(students[-1], source, data, phase(6, lr=1e-3), tmp_path / name, teachers=[taught_by])
+        train(students[-1], source, data, config, tmp_path / name, teachers=[taught_by])
     live, store = (
         [
             json.loads(line) | {"pairs_per_s": None}

@@ -265,11 +265,16 @@ PARAMS = STUDENT.config.prunable_params
 INPUTS = tiny_inputs().pixels, tiny_inputs().tokens
 MASKS = LearnMasks(keep_params=0.4, log_alpha_lr=0.3, multiplier_lr=2.0, initial_log_alpha=4.375, target_warmup=0.5)
 ALL_TERMS = Objective(affinity=0.7, contrastive=0.4, feature=0.6, student_scale="learned", teacher_scale="teacher")
+UNSCALED = {
+    "clip_norm": None,
+    "eps": 1.0,
+    "lr": 0.3,
+}  # a step is as large as the loss; else Adam and the clip make it 1
 SCENARIOS = {
     "published": ({}, {}),
     "no-clip-and-no-warm-up": ({"clip_norm": None, "warmup_steps": 0}, {}),
     "terms": ({"objective": ALL_TERMS}, {}),
-    "two-teachers": ({"objective": Objective(student_scale=20, teacher_scale=35)}, {"teachers": TEACHERS}),
+    "two-teachers": (UNSCALED | {"objective": Objective(student_scale=20, teacher_scale=35)}, {"teachers": TEACHERS}),
     "captions": ({"objective": Objective(affinity=0, contrastive=1)}, {"teachers": ()}),
     "gates": ({"weight_decay": 0.05}, {"rule": MASKS, "reference_params": 2 * PARAMS}),
     "gates-in-micro-batches": ({"micro_batch_size": 3}, {"rule": MASKS, "reference_params": PARAMS}),

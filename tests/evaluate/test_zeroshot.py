@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tinyclip.evaluate import DEFAULT_TEMPLATES, classifier, top_k_accuracy, zeroshot
+from tinyclip.evaluate.zeroshot import Answers, answer_scores
 
 # Similarities of 4 images (rows) and 8 classes.
 SIMILARITY = torch.tensor(
@@ -19,6 +20,15 @@ SIMILARITY = torch.tensor(
 def test_top_k_by_eye():
     accuracy = top_k_accuracy(SIMILARITY, torch.eye(8), torch.arange(4), ks=(1, 2, 4, 5, 8, 9))
     assert accuracy == {"top1": 1 / 4, "top2": 2 / 4, "top4": 2 / 4, "top5": 3 / 4, "top8": 1.0}
+
+
+def test_scores_of_answers_by_eye():
+    """Ranks 1, 2, 5, 6 of the right class, the last two of a class of their own. Of four classes there is no top 5."""
+    found = Answers(*[torch.empty(0)] * 3, torch.tensor([0, 0, 1, 1]), torch.empty(0), torch.tensor([1, 2, 5, 6]), None)
+    scores = answer_scores(found._replace(class_CE=torch.eye(6)), "mean_top1_top5")
+    assert (scores["top1"], scores["top5"], scores["mean_per_class"]) == (1 / 4, 3 / 4, (1 / 2 + 0) / 2)
+    assert scores["mean_top1_top5"] == 1 / 2 and (scores["n"], scores["classes"]) == (4, 6)
+    assert "top5" not in answer_scores(found._replace(class_CE=torch.eye(4)))
 
 
 def test_a_class_is_the_mean_over_synonyms_and_templates(model):
