@@ -462,6 +462,7 @@ class Tree:
 
     def start(self, tests: Sequence[str]) -> BaseProcess:
         """The tests in a child of this process, which has imported the libraries and nothing of the package."""
+        self.said.write_text("")
         child = Process(target=self._test, args=(tests,))
         child.start()
         return child
@@ -537,8 +538,10 @@ def judged(mutants: Sequence[Mutant], folder: Path) -> Iterator[Verdict]:
 
 def end(child: BaseProcess) -> None:
     """And what it started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid or 0, signal.SIGKILL)
+    assert child.pid is not None, "started"
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.kill()  # one that has no group of its own yet
     child.join()
 
 
@@ -558,7 +561,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
         sound = Tree(folder / "sound")
         child = sound.start(tests)
-        child.join()
+        try:
+            child.join()
+        finally:
+            end(child)
         if child.exitcode != 0:
             print(f"the tests fail without a mutant:\n{sound.said.read_text()[-4000:]}")
             return 1
