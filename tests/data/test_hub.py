@@ -48,6 +48,11 @@ def test_a_saved_set_is_read_by_row(tmp_path, rows):
     assert "no column 'class'; it has caption, kind" in error_of(f"huggingface:{tmp_path}/one?label=class")
 
 
+def test_how_a_saved_set_shows_its_rows_changes_nothing(tmp_path, rows):
+    rows.with_format("numpy", columns=["caption"]).save_to_disk(str(tmp_path / "one"))
+    assert everything(open_source(f"huggingface:{tmp_path}/one?label=kind")) == EXPECTED
+
+
 def test_splits_are_chosen_by_name(tmp_path, rows):
     parts = {"train": rows.select([0, 1]), "test": rows.select([2])}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "two"))

@@ -138,6 +138,50 @@ def test_wrong_columns_are_one_line(tmp_path):
     error_of(str(tmp_path / "3.parquet"), FileNotFoundError)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array([png("red")]), pa.array(["a"]), pa.array(["b"])]
+    parquet.write_table(pa.Table.from_arrays(columns, ["image", "caption", "caption"]), tmp_path / "t.parquet")
+    message = error_of(f"{tmp_path}/t.parquet")
+    assert "t.parquet: expected columns of different names, got 'caption' twice: image, caption, caption" in message
+
+
+@pytest.mark.parametrize("images", ["inside", "as paths"])
+def test_columns_of_any_type_are_read(tmp_path, images):
+    """Categories of pandas are dictionaries, of which every batch has its own; large and small types are alike."""
+    for colour in COLOURS:
+        (tmp_path / f"{colour}.png").write_bytes(png(colour))
+    pictures = {"inside": pa.array([png(colour) for colour in COLOURS] * 200, pa.large_binary())}
+    pictures["as paths"] = pa.array([f"{colour}.png" for colour in COLOURS] * 200).dictionary_encode()
+    columns = {
+        "image": pictures[images],
+        "captions": pa.nulls(600),
+        "caption": pa.array([f"caption {number}" for number in range(600)], pa.large_string()).dictionary_encode(),
+        "title": pa.array([None, *("t" for _ in range(599))], pa.string()),
+        "all.texts": pa.array([["a", None]] * 600, pa.large_list(pa.string())),
+        "kind": pa.array(["x", None, "y"] * 200).dictionary_encode(),
+    }
+    path = write(tmp_path / "t.parquet", columns, row_group_size=300)
+    source = open_source(f"{path}?label=kind")
+    assert source.captions(0)[0] == "caption 0"
+    assert [source.label(index) for index in range(3)] == [("x",), None, ("y",)]
+    if images == "inside":
+        assert [tuple(source.captions(number)) for number in (1, 599)] == [("caption 1",), ("caption 599",)]
+    assert open_source(f"{path}?caption=all.texts").captions(0)[0] == "a"
+    assert len(open_source(f"{path}?where=kind=&limit=1")) == 1 and "no images" in error_of(f"{path}?where=kind=None")
+    assert len(open_source(f"{path}?where=title=;kind=x")) == 1
+
+
+def test_a_table_of_paths_reads_the_columns_that_it_needs(tmp_path, monkeypatch):
+    asked = []
+    rows = ours._rows
+    monkeypatch.setattr(ours, "_rows", lambda table, names, own: asked.append(names) or rows(table, names, own))
+    (tmp_path / "red.png").write_bytes(png("red"))
+    columns = {"file": ["red.png"], "thumbnail": [b"x" * 999], "caption": ["a"], "split": ["dev"], "nsfw": [0.5]}
+    source = open_source(f"{write(tmp_path / 't.parquet', columns)}?where=split=dev")
+    assert source.captions(0) == ("a",) and source.flags(0) == {"nsfw": 0.5}
+    assert asked == [["file", "caption", "split", "nsfw"]]
+
+
 def test_batches_are_a_function_of_seed_and_step(tmp_path, reader):  # noqa: F811
     for number in range(4):
         encoded(tmp_path / f"{number}.parquet")

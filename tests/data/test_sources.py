@@ -39,6 +39,14 @@ def write_tar(path, files):
             archive.addfile(member, io.BytesIO(data))
 
 
+def add_to_tar(path, files):
+    with tarfile.open(path, "a") as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
 @pytest.fixture
 def table(tmp_path):
     """Three images in a zip; red has two captions, blue is of another split."""
@@ -150,6 +158,7 @@ def test_where_and_limit_choose_rows(table):
     assert len(open_source(f"{spec}&limit=2")) == 2
     assert "no images where split=test" in error_of(f"{spec}&where=split=test")
     assert "columns are file, split, caption, names" in error_of(f"{spec}&where=part=dev")
+    assert len(open_source(f"{spec}&where=split!=")) == 3
 
 
 def test_a_template_is_filled_with_every_combination(table):
@@ -165,10 +174,57 @@ def test_a_csv_beside_its_images_reads_like_a_tsv_with_a_zip(tmp_path):
     assert everything(open_source(str(tmp_path / "list.csv"))) == [(COLOURS["red"], ("red, only red",), None)]
 
 
-def test_an_item_with_an_empty_caption_has_none(tmp_path):
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_separator_is_the_one_that_gives_a_column_of_images(tmp_path, separator, end):
     (tmp_path / "red.png").write_bytes(png("red"))
-    (tmp_path / "list.tsv").write_text("file\tcaption\nred.png\t \n")
-    assert open_source(str(tmp_path / "list.tsv")).captions(0) == ()
+    path = tmp_path / "t.csv"
+    path.write_bytes(f'\ufefffile{separator}caption{end}red.png{separator}"a, b; c | d"{end}'.encode())
+    assert everything(open_source(str(path))) == [(COLOURS["red"], ("a, b; c | d",), None)]
+    path.write_text(f"picture{separator}caption\nred.png{separator}red\n")
+    assert "or filename or path; it has picture, caption" in error_of(str(path))
+    assert open_source(f"{path}?image=picture").captions(0) == ("red",)
+
+
+def test_a_separator_that_is_unclear_is_asked_for(tmp_path):
+    (tmp_path / "red.png").write_bytes(png("red"))
+    path = tmp_path / "t.csv"
+    path.write_text("file,image;text\nred.png,1;red\n")
+    assert open_source(f"{path}?caption=image;text").captions(0) == ("1;red",)
+    path.write_text("file;a,image\nred.png;b,c\n")
+    message = error_of(str(path))
+    assert "t.csv: near line 1: cells may be separated by , or ;: say which, as delimiter=," in message
+    assert open_source(f"{path}?delimiter=;&caption=a,image").captions(0) == ("b,c",)
+    assert "delimiter: String should match" in error_of(f"{path}?delimiter=ab")
+    path.write_text("file:caption\nred.png:red\n")
+    assert "no image column file or filepath or image or filename or path; it has file:caption" in error_of(str(path))
+    assert open_source(f"{path}?delimiter=:").captions(0) == ("red",)
+
+
+@pytest.mark.parametrize("coding, found", [("utf-16", ", got UTF-16"), ("utf-16-be", "zero bytes"), ("cp1252", "")])
+def test_a_table_that_is_not_utf_8_says_so(tmp_path, coding, found):
+    text = "cheese" if coding == "utf-16-be" else "Käse"
+    (tmp_path / "t.csv").write_bytes(f"file,caption\nred.png,{text}\n".encode(coding))
+    message = error_of(f"{tmp_path}/t.csv")
+    assert "UTF-8" in message and found in message
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("file,caption,caption\nred.png,a,b\n")
+    assert "t.csv: expected columns of different names, got 'caption' twice: file, caption, caption" in error_of(
+        str(path)
+    )
+    (tmp_path / "red.png").write_bytes(png("red"))
+    path.write_text(",file,caption,\n0,red.png,a,\n")  # an index without a name, and a comma at the end
+    assert open_source(str(path)).captions(0) == ("a",)
+
+
+def test_an_image_may_be_named_in_two_ways(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/red.png").write_bytes(png("red"))
+    (tmp_path / "t.csv").write_text("file,caption\na/red.png,1\n./a/red.png,2\na//red.png,3\n")
+    assert everything(open_source(f"{tmp_path}/t.csv")) == [(COLOURS["red"], ("1", "2", "3"), None)]
 
 
 def test_a_missing_column_is_an_error_that_lists_the_columns(table):
@@ -328,6 +384,29 @@ def test_files_that_are_no_item_are_counted(tmp_path):
     source = open_source(f"{tmp_path}/set?caption=label")
     assert len(source) == 2
     assert left_out(source) == {"files that are no .jpg, .jpeg, .png, .webp": 1, "images in no class folder": 1}
+
+
+@pytest.mark.parametrize(
+    "second", ["0.png", "./0.png", "0.PNG", "a/../0.png", "0.txt", ".//0.TXT", "0.json"], ids=lambda name: name
+)
+def test_two_files_of_one_sample_and_kind_are_refused(tmp_path, second):
+    """Which image belongs to which caption cannot be told, or the last file would take the place of the first."""
+    files = [("0.png", png("red")), ("0.txt", b"red"), ("0.json", b"{}"), ("1.png", png("blue")), ("1.txt", b"blue")]
+    path = tmp_path / "0.tar"
+    write_tar(path, dict(files))
+    add_to_tar(path, [(second, png("green")), ("readme.md", b""), ("readme.md", b"")])
+    if ".." in second:
+        assert left_out(open_source(str(path)))["unsafe names in a tar"] == 1
+        return
+    message = error_of(str(path))
+    assert f"0.tar: 1 of 2 samples have two files of one name and kind; the first is {second!r}" in message
+
+
+def test_files_of_one_sample_need_not_be_written_alike(tmp_path):
+    write_tar(tmp_path / "0.tar", {"./0.png": png("red"), "x//1.png": png("blue"), "0.txt": b"red", "x/1.txt": b"blue"})
+    source = open_source(f"{tmp_path}/0.tar")
+    assert everything(source) == [(COLOURS["red"], ("red",), None), (COLOURS["blue"], ("blue",), None)]
+    assert [source.key(index) for index in range(2)] == ["0.tar/./0", "0.tar/x//1"]  # as they were written first
 
 
 def test_braces_name_several_shards_and_txt_is_a_caption(tmp_path):

@@ -32,7 +32,7 @@ def cache_directory() -> Path:
 
 
 def digest(*parts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:40]
+    return hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogatepass")).hexdigest()[:40]
 
 
 class Cache(NamedTuple):

@@ -28,12 +28,22 @@ def without_folder(paths: Sequence[str]) -> list[str]:
     return ["/".join(own[shared:]) for own in parts]
 
 
+def plain_name(name: str) -> str:
+    """./0.jpg and 0.jpg are one file."""
+    if "./" not in name and "//" not in name:
+        return name
+    return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
 class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __contains__(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        try:
+            return (self.path / name).is_file()
+        except OSError:  # longer than a name can be
+            return False
 
     def names(self) -> list[str]:
         return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
@@ -81,7 +91,7 @@ def _open_zip(path: Path, process: int) -> ZipFile:
 
 
 def open_files(path: Path) -> Folder | Zip:
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         return Zip(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder (or .zip, table .tsv/.csv/.parquet, shard .tar)")

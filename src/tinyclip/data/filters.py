@@ -19,9 +19,9 @@ from tinyclip.data.cache import digest, remembered
 from tinyclip.data.decode import FORMATS, BadItem
 from tinyclip.data.flags import flags_of
 from tinyclip.data.spec import DataSpec
-from tinyclip.data.texts import chosen
+from tinyclip.data.texts import WITHOUT_CAPTION, chosen
 
-FILTERS_VERSION = 2
+FILTERS_VERSION = 3
 SHORT_CAPTIONS = "short captions of images that stay"
 SMALL, SHORT, TWICE = "small images", "images with short captions only", "images that occur before"
 
@@ -98,24 +98,24 @@ class Filtered:
 def _pass(source: Readable, min_chars: int, min_side: int, dedup: bool) -> dict[str, Any]:
     kept, left_out, seen = [], Counter(), set()
     for index in range(len(source)):
-        lengths = _caption_lengths(source, index) if min_chars else []
-        if lengths and max(lengths) < min_chars:
-            left_out[SHORT] += 1
+        lengths = _caption_lengths(source, index) if min_chars else None
+        if lengths is not None and max(lengths, default=0) < min_chars:
+            left_out[SHORT if lengths else WITHOUT_CAPTION] += 1
         elif reason := _reason(source, index, min_side, seen if dedup else None):
             left_out[reason] += 1
         else:
             kept.append(index)
-            if num_short := sum(length < min_chars for length in lengths):
+            if num_short := sum(length < min_chars for length in lengths or ()):
                 left_out[SHORT_CAPTIONS] += num_short
     return {"kept": kept, "left_out": dict(left_out)}
 
 
-def _caption_lengths(source: Readable, index: int) -> list[int]:
-    """Characters; none where the item cannot be read."""
+def _caption_lengths(source: Readable, index: int) -> list[int] | None:
+    """Characters; None where the item cannot be read."""
     try:
         return [len(caption) for caption in source.captions(index)]
     except (BadItem, OSError):
-        return []
+        return None
 
 
 def _reason(source: Readable, index: int, min_side: int, seen: set[bytes] | None) -> str | None:

@@ -17,7 +17,7 @@ from tinyclip.data.cache import digest
 from tinyclip.data.decode import BadItem, decode, one_line
 from tinyclip.data.files import check_size
 from tinyclip.data.flags import flags_in, is_flag
-from tinyclip.data.parquet import EncodedRows, named, open_parquet
+from tinyclip.data.parquet import EncodedRows, named, objects_in, open_parquet
 from tinyclip.data.shards import Shards
 from tinyclip.data.spec import HUGGINGFACE, DataSpec
 from tinyclip.data.tables import Listed, image_column, require_images, row_filter
@@ -43,7 +43,7 @@ class HubRows:
         self.name = spec.path
         image = self._image_column(spec, rows)
         names = [column for column in rows.features if column != image]
-        words = Words(spec, names)
+        words = Words(spec, names, objects=objects_in(rows.features.arrow_schema))
         self._class_names = {name: kind.names for name, kind in rows.features.items() if hasattr(kind, "names")}
         keep = row_filter(spec.where, names, spec.path)
         if spec.where:
@@ -126,10 +126,10 @@ def _rows(spec: DataSpec, where: str) -> Any:
     except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{spec.path}: {one_line(error)}") from None
     if isinstance(found, datasets.Dataset):
-        return found
+        return found.with_format(None)  # tensors are no texts, and a saved set can say which columns are shown
     if spec.split not in found:
         raise ValueError(f"{spec.path}: no split {spec.split!r}; it has {', '.join(map(str, found))}")
-    return found[spec.split]
+    return found[spec.split].with_format(None)
 
 
 def _open_streaming(spec: DataSpec, where: str) -> EncodedRows | Shards | Listed:

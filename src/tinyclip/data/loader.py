@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyclip.data import order
 from tinyclip.data.sources import BadItem, Source
-from tinyclip.data.texts import draw
+from tinyclip.data.texts import NO_CAPTION, draw
 from tinyclip.distributed import ALONE, World, local_share
 from tinyclip.preprocess import Preprocess, stack
 from tinyclip.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ class PairLoader:
         random = Random(f"{self.seed}/{epoch}/{index}")
         captions = self.source.captions(index)
         if not captions:
-            raise BadItem("no caption")
+            raise BadItem(NO_CAPTION)
         caption = draw(captions, random)
         if self.views is None:
             visit = Visit(index, epoch, caption)
@@ -244,8 +244,10 @@ def check_share_of_bad(name: str, num_bad: int, num_seen: int, enough: int, limi
 
 
 def examples(skipped: Skipped) -> str:
-    """What follows a message: a colon and the first few, each as KEY: REASON; nothing where none is bad."""
-    return ": " * bool(skipped) + "; ".join(f"{key}: {reason}" for key, reason in skipped[:3])
+    """What follows a message: a colon, the first few as KEY: REASON, and what helps; nothing where none is bad."""
+    lacks = any(reason == NO_CAPTION for _, reason in skipped)
+    hint = "; the data's key min_caption_chars=1 leaves out what has no caption" * lacks
+    return ": " * bool(skipped) + "; ".join(f"{key}: {reason}" for key, reason in skipped[:3]) + hint
 
 
 class _Results(Dataset, Generic[T]):

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from braceexpand import braceexpand
 from PIL import Image
 
 from tinyclip.data.cache import Part, digest
 from tinyclip.data.decode import BadItem, decode, one_line
 from tinyclip.data.files import Folder, Zip, check_size, open_files, without_folder
 from tinyclip.data.flags import flags_in, is_flag
+from tinyclip.data.patterns import paths_of
 from tinyclip.data.remote import (
     NUM_THREADS,
     Remote,
@@ -38,7 +38,15 @@ from tinyclip.data.remote import (
 )
 from tinyclip.data.shards import WINDOW_SHARDS
 from tinyclip.data.spec import DataSpec, is_remote
-from tinyclip.data.tables import Listed, conditions, image_column, listed, require_images, row_filter
+from tinyclip.data.tables import (
+    Listed,
+    conditions,
+    image_column,
+    listed,
+    require_different,
+    require_images,
+    row_filter,
+)
 from tinyclip.data.texts import Words
 
 ROWS_PER_BATCH = 256
@@ -54,6 +62,7 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     num_rows: int
     kinds: dict[str, str]  # path, encoded or other
+    objects: dict[str, str]  # columns of neither texts nor lists of them, and their types
     class_names: dict[str, list[str]]  # of columns that Hugging Face calls ClassLabel
     cache_bytes: int  # about what it takes of the cache
     version: str
@@ -67,7 +76,7 @@ def open_parquet(spec: DataSpec, paths: Sequence[str] | None = None) -> Listed |
     """Raises ValueError for a file that is missing or damaged, and for files that have different columns."""
     _require_pyarrow(spec.path)
     transfer = transfer_of(spec)
-    paths = list(braceexpand(spec.path)) if paths is None else paths
+    paths = paths_of(spec.path) if paths is None else paths
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         tables = list(pool.map(lambda path: _table(path, transfer), paths))
     first = tables[0]
@@ -79,9 +88,11 @@ def open_parquet(spec: DataSpec, paths: Sequence[str] | None = None) -> Listed |
     if first.kinds[image] == "other":
         raise ValueError(f"{spec.path}: column {image}: expected paths, bytes or a struct of bytes and path")
     files = open_files(_folder(spec, first))
-    names = [column for column in first.columns if first.kinds[column] != "encoded"]
+    words = Words(spec, first.columns, objects=first.objects)
+    wanted = [name for name, _, _ in conditions(spec.where, first.columns, spec.path)]
+    names = list(dict.fromkeys([image, *words.columns, *wanted, *filter(is_flag, first.columns)]))
     rows = (row for table in tables for row in _rows(table, names, transfer))
-    return listed(spec, files, names, rows, image)
+    return listed(spec, files, first.columns, rows, image, words=words)
 
 
 class EncodedRows:
@@ -94,7 +105,8 @@ class EncodedRows:
         self.window, self._names = spec.window or WINDOW_SHARDS, without_folder([table.name for table in tables])
         check_room(self.name, [table.cache_bytes for table in tables], self.window, transfer)
         names = [column for column in tables[0].columns if column != image]
-        self._words, self._flags = Words(spec, names), [name for name in names if is_flag(name)]
+        self._words = Words(spec, names, objects=tables[0].objects)
+        self._flags = [name for name in names if is_flag(name)]
         self._files: Folder | Zip | None = open_files(_folder(spec, tables[0])) if spec.images else None
         kept = [_kept(spec, table, names, transfer) for table in tables]
         self.first = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])])[: len(kept) + 1]
@@ -212,12 +224,14 @@ def _table(path: str, transfer: Transfer) -> Table:
 
     def of(parquet: Any) -> Table:
         schema, footer = parquet.schema_arrow, parquet.metadata
+        require_different(schema.names, path)
         unpacked = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
         return Table(
             file=file,
             columns=tuple(schema.names),
             num_rows=footer.num_rows,
             kinds={field.name: _kind(field.type) for field in schema},
+            objects=objects_in(schema),
             class_names=_class_names(schema),
             cache_bytes=unpacked + (file.size or 0 if isinstance(file, Remote) else 0),
             version=_version(file),
@@ -237,11 +251,27 @@ def _version(file: Path | Remote) -> str:
 def _kind(column: Any) -> str:
     from pyarrow import types
 
+    if types.is_dictionary(column):
+        column = column.value_type
     if types.is_string(column) or types.is_large_string(column):
         return "path"
     if types.is_struct(column):
         return "encoded" if column.get_field_index("bytes") >= 0 else "other"
     return "encoded" if types.is_binary(column) or types.is_large_binary(column) else "other"
+
+
+def objects_in(schema: Any) -> dict[str, str]:
+    """Columns of structs or maps, or of lists of them, with their types: no text."""
+    from pyarrow import types
+
+    found = {}
+    for field in schema:
+        kind = field.type
+        while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if types.is_nested(kind):
+            found[field.name] = str(field.type)
+    return found
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
@@ -272,7 +302,7 @@ def _rewrite(table: Table, columns: Sequence[str], part: Part, transfer: Transfe
 
     def write(parquet: Any) -> None:
         part.restart()
-        schema = pyarrow.schema([parquet.schema_arrow.field(column) for column in columns])
+        schema = pyarrow.schema([_without_dictionary(parquet.schema_arrow.field(column)) for column in columns])
         with pyarrow.ipc.new_file(pyarrow.PythonFile(part, "w"), schema) as sink:
             for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=list(columns)):
                 sink.write_batch(batch.select(list(columns)).cast(schema))
@@ -284,6 +314,13 @@ def _rewrite(table: Table, columns: Sequence[str], part: Part, transfer: Transfe
         return
     with table.file.opened(transfer) as file:
         _parsed(table.name, lambda: write(_parquet_file(file)))
+
+
+def _without_dictionary(field: Any) -> Any:
+    """Of each value itself: a file of record batches can have one dictionary only."""
+    from pyarrow import types
+
+    return field.with_type(field.type.value_type) if types.is_dictionary(field.type) else field
 
 
 def _read(file: Path | Remote, transfer: Transfer, action: Callable[[Any], T]) -> T:

@@ -1,8 +1,8 @@
 """Tar files in WebDataset's layout, on disk or remote: indexed once, then read by offset.
 
-A sample is an image and, under the same base name, a .txt caption and/or a .json object of fields. The first opening
-reads the headers of every shard (a remote one is downloaded for it, into the bounded cache); the index is kept, and is
-good as long as the shard's size and time (remote: what its server says of its version) stay the same.
+A sample is an image and, under the same base name, a .txt of captions and/or a .json object of fields. The first
+opening reads the headers of every shard (a remote one is downloaded for it, into the bounded cache); the index is kept,
+and is good as long as the shard's size and time (remote: what its server says of its version) stay the same.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tarfile
 import time
 from collections import Counter
@@ -20,25 +21,27 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
-from braceexpand import braceexpand
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from tinyclip.data.cache import digest, is_remembered, remembered
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import check_size, without_folder
+from tinyclip.data.files import check_size, plain_name, without_folder
 from tinyclip.data.flags import flags_in
+from tinyclip.data.patterns import paths_of
 from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, transfer_of
 from tinyclip.data.spec import DataSpec, is_remote
-from tinyclip.data.texts import Words
+from tinyclip.data.texts import CAPTION_COLUMNS, Words, as_text
 from tinyclip.progress import Display
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WITHOUT_IMAGE = f"files in a tar without an image (.{', .'.join(EXTENSIONS)}) of their name"
 WINDOW_SHARDS = 8
 FEW_SHARDS = 8  # to read for their index: nothing is shown
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 FIRST_SAMPLES = 100  # whose fields are the columns of a set
+CAPTIONS = tuple(dict.fromkeys(("txt", *CAPTION_COLUMNS)))  # the .txt comes first, as in open_clip
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)")  # control characters, or leads elsewhere
 REMEMBERED_BYTES = 2**22  # a smaller shard on disk is not worth a file: its scan takes some 0.04 s
 
 
@@ -251,13 +254,15 @@ class Shards(Tars):
     """Tars whose samples have captions and labels in a .txt or .json."""
 
     def __init__(self, spec: DataSpec, paths: Sequence[str] | None = None) -> None:
-        paths = list(braceexpand(spec.path)) if paths is None else paths
+        paths = paths_of(spec.path) if paths is None else paths
         remote = is_remote(spec.path) or any(map(is_remote, paths))
         transfer = transfer_of(spec) if remote else None
         super().__init__(spec.path, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
         if not len(self):
-            raise ValueError(f"{spec.path}: no images")
-        self._words = Words(spec, *self._columns())
+            raise ValueError(f"{spec.path}: no images" + (f"; left out: {self.left_out}" if self.left_out else ""))
+        self._are_lines, self._sep = spec.lines is not False, spec.sep
+        columns, usual = self._columns()
+        self._words = Words(spec, columns, usual=usual, order=CAPTIONS)
 
     def _columns(self) -> tuple[list[str], list[str]]:
         """The fields of the first shard's first samples, and those that most have; some samples may be damaged."""
@@ -284,7 +289,7 @@ class Shards(Tars):
         return flags_in(self._row(index))
 
     def _row(self, index: int) -> dict[str, Any]:
-        """The sample's fields: those of its .json, and 'txt'."""
+        """The sample's fields: those of its .json, and 'txt', its lines."""
         shard, number = self._at(index)
         own = self.indexes[shard]
         present = {name for name, size in zip(own.extensions, own.sizes[number], strict=True) if size >= 0}
@@ -292,21 +297,45 @@ class Shards(Tars):
         row: dict[str, Any] = {}
         try:
             if "json" in data:
-                row |= json.loads(data["json"])
+                row |= _object(json.loads(data["json"], object_pairs_hook=_fields))
             if "txt" in data:
-                row["txt"] = data["txt"].decode()
+                row["txt"] = self._texts(as_text(data["txt"]))
         except (ValueError, TypeError, RecursionError) as error:
             raise BadItem(f"cannot read the text of {own.keys[number]}: {one_line(error)}") from None
         return row
+
+    def _texts(self, text: str) -> str | list[str]:
+        """What is in a .txt."""
+        if not self._are_lines or len(lines := text.splitlines()) < 2:
+            return text
+        return lines if self._sep is None else [part for line in lines for part in line.split(self._sep)]
+
+
+def _object(found: Any) -> dict[str, Any]:
+    """A null has no fields."""
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"expected an object, got {type(found).__name__}")
+    return found or {}
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a name that comes twice, of which json would take the last."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"two fields are named {names.most_common(1)[0][0]!r}")
+    return fields
 
 
 def scan_tar(file: Any, name: str) -> dict[str, Any]:
     """The fields of an Index, as JSON holds them. Headers only.
 
-    Links, devices, sparse files and names that are not plain are ignored, and counted. Raises ValueError unless the
-    archive reaches its end mark: tarfile alone would accept one cut between members.
+    Links, devices, sparse files and unsafe names are ignored, and counted. Raises ValueError for a sample with two
+    files of one kind, and unless the archive reaches its end mark: tarfile alone would accept one cut between members.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    names: dict[str, str] = {}  # of samples, as they are first written
+    twice: dict[str, str] = {}  # second files of samples
     left_out: Counter[str] = Counter()
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -316,7 +345,12 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
                     continue
                 key, extension = base_plus_ext(member.name)
                 if key and extension and member.isreg():
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                    plain, extension = plain_name(key), extension.lower()
+                    names.setdefault(plain, key)
+                    files = samples.setdefault(plain, {})
+                    if extension in files:
+                        twice.setdefault(plain, member.name)
+                    files[extension] = (member.offset_data, member.size)
                 elif member.isreg():
                     left_out[WITHOUT_IMAGE] += 1
             end = archive.offset
@@ -326,12 +360,17 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: damaged or cut short: no end mark at byte {end}")
     num_files = sum(map(len, samples.values()))
     with_image = {key: files for key, files in samples.items() if not files.keys().isdisjoint(EXTENSIONS)}
+    if both := [member for key, member in twice.items() if key in with_image]:
+        raise ValueError(
+            f"{name}: {len(both)} of {len(with_image)} samples have two files of one name and kind; the first is "
+            f"{both[0]!r}; expected one of each, since which belong together cannot be told"
+        )
     if without_image := num_files - sum(map(len, with_image.values())):
         left_out[WITHOUT_IMAGE] += without_image
     extensions = sorted({extension for files in with_image.values() for extension in files})
     places = [[files.get(extension, (-1, -1)) for extension in extensions] for files in with_image.values()]
     return {
-        "keys": list(with_image),
+        "keys": [names[key] for key in with_image],
         "extensions": extensions,
         "offsets": [[offset for offset, _ in row] for row in places],
         "sizes": [[size for _, size in row] for row in places],
@@ -345,7 +384,4 @@ def _reason_to_ignore(member: tarfile.TarInfo) -> str | None:
         return "links in a tar"
     if member.issparse() or not (member.isreg() or member.isdir()):
         return "devices and sparse files in a tar"
-    name = member.name
-    if not name.isprintable() or name.startswith("/") or ".." in name.split("/"):
-        return "unsafe names in a tar"
-    return None
+    return "unsafe names in a tar" if UNSAFE.search(member.name) else None

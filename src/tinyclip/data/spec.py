@@ -1,13 +1,14 @@
 """What a user writes to name a data set: one string, or a mapping with the same names.
 
 The string is PATH[?key=value&key=value]. Values may hold '='; URL escapes such as %26 (&) are decoded in them, and %3F
-(?) in the path. Examples:
+(?) in the path; a file that has the whole string for its name is that file. Examples:
 
     flickr8k/captions.tsv?images=images.zip&where=split=dev
     emoji/pairs.tsv?images=images.zip&caption=an emoji of {keywords}&sep=|
     tiny-imagenet/labels.tsv?images=images.zip&label=names&sep=,
     cc3m/train-{000..575}.parquet?captions=original:0.3|synthetic:0.7
     shards/{000..003}.tar            on disk; or s3://, gs://, https://, hf:// ...
+    a/{00..31}.tar::b/{00..07}.tar   several patterns
     pipe:ssh store cat {000..003}.tar
     imagenet/val?templates=a photo of a {}.|a drawing of a {}.      a folder (or .zip) of class folders
     huggingface:nlphuji/flickr30k?split=test                        or a directory that `datasets` saved
@@ -19,6 +20,7 @@ The string is PATH[?key=value&key=value]. Values may hold '='; URL escapes such 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,17 +40,21 @@ _FILTERS = ("limit", "min_side", "min_caption_chars", "dedup")
 _IMAGES = ("jpeg_side",)
 _REMOTE = ("window", "cache_gb", "timeout_s", "retries")
 KEYS: dict[Kind, tuple[str, ...]] = {  # which keys, beside path, mean something for which kind of data
-    "table": ("images", "image", "label", *_TEXTS, "quotes", "where", *_FILTERS, *_IMAGES),
+    "table": ("images", "image", "label", *_TEXTS, "delimiter", "quotes", "where", *_FILTERS, *_IMAGES),
     "parquet": ("images", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES, *_REMOTE),
-    "shards": ("label", *_TEXTS, *_FILTERS, *_IMAGES, *_REMOTE),
+    "shards": ("label", *_TEXTS, "lines", *_FILTERS, *_IMAGES, *_REMOTE),
     "folders": (*_TEXTS, "where", *_FILTERS, *_IMAGES),
-    "huggingface": ("split", "config", "streaming", "image", "label", *_TEXTS, "where", *_FILTERS, *_IMAGES, *_REMOTE),
+    "huggingface": (
+        *("split", "config", "streaming", "image", "label", *_TEXTS, "lines", "where"),
+        *(*_FILTERS, *_IMAGES, *_REMOTE),
+    ),
     "scenes": ("split", "count", "seed"),
     "mixture": ("mixture",),
 }
 Quotes = Literal["csv", "none"]
 HUGGINGFACE = "huggingface:"
 PIPE = "pipe:"
+ESCAPED = re.compile(r"%(?:25)*3F")  # in a string: %3F is a ?, %253F is %3F, and so on
 
 
 class DataSpec(BaseModel):
@@ -58,8 +64,8 @@ class DataSpec(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="table.tsv, .csv or .parquet; shards.tar, braces allowed; a URL or pipe:COMMAND of such; a folder "
-        "or .zip of class folders; huggingface:ID or :DIRECTORY; 'scenes'; 'mixture', or its .yaml",
+        description="table.tsv, .csv or .parquet; shards.tar, braces and :: allowed; a URL or pipe:COMMAND of such; a "
+        "folder or .zip of class folders; huggingface:ID or :DIRECTORY; 'scenes'; 'mixture', or its .yaml",
     )
     images: str | None = Field(None, description="folder or .zip of images, relative to the table; default: its folder")
     image: str | None = Field(None, description="column of the image or its path; default: file, filepath, image, ...")
@@ -72,6 +78,12 @@ class DataSpec(BaseModel):
         None, description="captions made of the label: 'a photo of a {}.|a drawing of a {}.', or a file with one a line"
     )
     sep: str | None = Field(None, min_length=1, description="splits a cell into several captions, or class synonyms")
+    lines: bool | None = Field(
+        None, description="whether each line of a .txt in a tar is a caption of its own, or all are one; default: true"
+    )
+    delimiter: str | None = Field(
+        None, pattern=r'^[^"\r\n]$', description="between cells; default: the one of tab , ; | that the header has"
+    )
     quotes: Quotes | None = Field(
         None, description="of cells: as in CSV, or none; default: as in CSV, but in a .tsv none over several lines"
     )
@@ -110,7 +122,7 @@ class DataSpec(BaseModel):
         fields = self.model_dump(exclude={"path", "mixture"}, exclude_defaults=True)
         parts = [(f"{member.weight!r}", member.data) for member in self.mixture or ()] or fields.items()
         query = "&".join(f"{key}={str(value).replace('%', '%25').replace('&', '%26')}" for key, value in parts)
-        path = self.path.replace("?", "%3F")
+        path = ESCAPED.sub(lambda match: match[0].replace("%", "%25", 1), self.path).replace("?", "%3F")
         return f"{path}?{query}" if query else path
 
     def without_secrets(self) -> DataSpec:
@@ -118,10 +130,7 @@ class DataSpec(BaseModel):
         if self.mixture is not None:
             members = [own.model_copy(update={"data": own.data.without_secrets()}) for own in self.mixture]
             return self.model_copy(update={"mixture": tuple(members)})
-        path = f"{PIPE}..." if self.path.startswith(PIPE) else self.path
-        if is_remote(path):
-            path = re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0])
-        return self.model_copy(update={"path": path})
+        return self.model_copy(update={"path": "::".join(map(_without_secrets, self.path.split("::")))})
 
     @property
     def kind(self) -> Kind:
@@ -129,14 +138,7 @@ class DataSpec(BaseModel):
             return "scenes" if self.path == "scenes" else "mixture"
         if self.path.startswith(HUGGINGFACE):
             return "huggingface"
-        if self.path.startswith(PIPE):
-            return "shards"
-        file = self.path.partition("?")[0] if is_remote(self.path) else self.path  # a URL may have a query
-        if file.endswith((".tsv", ".csv")):
-            return "table"
-        if file.endswith(".parquet"):
-            return "parquet"
-        return "shards" if file.endswith(".tar") else "folders"
+        return _kind_of(parts(self.path)[-1])
 
     @property
     def scenes_split(self) -> Split:
@@ -162,7 +164,10 @@ class DataSpec(BaseModel):
         for key, field in type(self).model_fields.items():
             if key not in ("path", *KEYS[self.kind]) and getattr(self, key) != field.default:
                 raise ValueError(f"key {key!r} means nothing for {self.kind}, which take {', '.join(KEYS[self.kind])}")
-        if self.path.startswith(PIPE) and not self.path.removeprefix(PIPE).strip():
+        own = parts(self.path)
+        if len(own) > 1 and (others := [part for part in own if _kind_of(part) != self.kind]):
+            raise ValueError(f"expected files of one kind between ::, got {others[0]!r} beside {self.kind}")
+        if any(not command.strip() for command in commands_in(self.path)):
             raise ValueError("expected a command behind pipe:, such as pipe:cat {000..003}.tar")
         if is_remote(self.path) and self.kind in ("table", "folders"):
             raise ValueError("expected .tar or .parquet behind a URL; tables and folders are read from disk")
@@ -197,12 +202,43 @@ DataSpec.model_rebuild()
 
 
 def is_remote(path: str) -> bool:
-    """A URL, or a command whose output is the file."""
-    return path.startswith(PIPE) or re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+    """A URL, or a command whose output is the file; or a list, joined by ::, that has one."""
+    return bool(commands_in(path)) or any(re.match(r"[a-z][a-z0-9+.-]+://", part) for part in path.split("::"))
+
+
+def commands_in(path: str) -> list[str]:
+    """What follows pipe:, in a list joined by :: too."""
+    return [part.removeprefix(PIPE) for part in path.split("::") if part.startswith(PIPE)]
+
+
+def parts(path: str) -> list[str]:
+    """Those that are joined by :: where they are shards or Parquet files; a file whose name has a :: is one."""
+    found = path.split("::")
+    is_list = len(found) > 1 and _kind_of(found[-1]) in ("shards", "parquet") and not os.path.exists(path)
+    return found if is_list else [path]
+
+
+def _kind_of(path: str) -> Kind:
+    if path.startswith(PIPE):
+        return "shards"
+    file = (path.partition("?")[0] if is_remote(path) else path).lower()  # a URL may have a query
+    if file.endswith((".tsv", ".csv")):
+        return "table"
+    if file.endswith(".parquet"):
+        return "parquet"
+    return "shards" if file.endswith(".tar") else "folders"
+
+
+def _without_secrets(path: str) -> str:
+    if path.startswith(PIPE):
+        return f"{PIPE}..."
+    return re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0]) if is_remote(path) else path
 
 
 def _split(text: str) -> dict[str, Any]:
     path, _, query = text.partition("?")
+    if query and not is_remote(path) and os.path.exists(text):
+        return {"path": text}
     pairs = []
     for part in query.split("&") if query else ():
         key, equals, value = part.partition("=")
@@ -213,7 +249,7 @@ def _split(text: str) -> dict[str, Any]:
         if not pairs:
             raise ValueError("a mixture has members: mixture?WEIGHT=SPEC&WEIGHT=SPEC")
         return {"path": path, "mixture": [{"weight": weight, "data": data} for weight, data in pairs]}
-    fields = {"path": path.replace("%3F", "?")}
+    fields = {"path": ESCAPED.sub(lambda match: "?" if match[0] == "%3F" else "%" + match[0][3:], path)}
     for key, value in pairs:
         if key in fields:
             raise ValueError(f"key {key!r} is given twice")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from tinyclip.data.cache import digest
-from tinyclip.data.decode import decode
-from tinyclip.data.files import Folder, Zip, open_files
+from tinyclip.data.decode import BadItem, decode
+from tinyclip.data.files import Folder, Zip, open_files, plain_name
 from tinyclip.data.flags import flags_in
 from tinyclip.data.shards import EXTENSIONS
-from tinyclip.data.spec import DataSpec, Quotes
-from tinyclip.data.texts import Words, joined
+from tinyclip.data.spec import DataSpec
+from tinyclip.data.texts import WITHOUT_CAPTION, Words, joined
 
+DELIMITERS = ",;|"  # beside the tab
 IMAGE_COLUMNS = ("file", "filepath", "image", "filename", "path")
 Row = Mapping[str, Any]
 
@@ -65,9 +68,9 @@ class Listed:
 
 
 def open_table(spec: DataSpec) -> Listed:
-    """A .tsv or .csv with a header. The delimiter is a tab if the header holds one; cells may be quoted as in CSV."""
+    """A .tsv or .csv with a header; cells may be quoted as in CSV."""
     path = Path(spec.path)
-    columns, rows = _read_table(path, spec.quotes)
+    columns, rows = _read_table(path, spec)
     files = open_files(path.parent / (spec.images or ""))
     return listed(spec, files, columns, rows, image_column(spec, columns))
 
@@ -104,22 +107,23 @@ def listed(
     rows: Iterable[Row],
     image: str,
     left_out: Mapping[str, int] | None = None,
+    words: Words | None = None,
 ) -> Listed:
-    """Rows that name the same image are one item; rows that name none are counted."""
-    words = Words(spec, columns)
+    """Rows that name the same image are one item; rows that name none are counted, and images without any text.
+
+    Raises ValueError where nothing is left, FileNotFoundError where images are missing.
+    """
+    words = words or Words(spec, columns)
     keep = row_filter(spec.where, columns, spec.path)
     by_image: dict[str, list[Row]] = {}
     ignored = Counter(left_out or {})
     for row in filter(keep, rows):
         if row[image]:
-            by_image.setdefault(row[image], []).append(row)
+            by_image.setdefault(plain_name(row[image]), []).append(row)
         else:
             ignored["rows that name no image"] += 1
-    items = [
-        Item(key, joined([words.captions(row) for row in same]), words.label(same[0]), flags_in(same[0]))
-        for key, same in list(by_image.items())[: spec.limit]
-    ]
-    require_images(len(items), spec)
+    items = list(islice(_items(spec.path, by_image.values(), image, words, ignored), spec.limit))
+    require_images(len(items), spec, ignored)
     if missing := [item.key for item in items if item.key not in files]:
         raise FileNotFoundError(
             f"{spec.path}: {len(missing)} of {len(items)} images are not in {files.path}; the first is {missing[0]!r}"
@@ -127,16 +131,58 @@ def listed(
     return Listed(spec.path, files, items, dict(ignored))
 
 
-def require_images(num_images: int, spec: DataSpec) -> None:
+def _items(
+    name: str, by_image: Iterable[Sequence[Row]], image: str, words: Words, ignored: Counter[str]
+) -> Iterator[Item]:
+    """Those with a caption or a label; the others are counted."""
+    for same in by_image:
+        try:
+            captions, label = joined([words.captions(row) for row in same]), words.label(same[0])
+        except BadItem as error:
+            raise ValueError(f"{name}: {same[0][image]}: {error}") from None
+        if captions or label:
+            yield Item(same[0][image], captions, label, flags_in(same[0]))
+        else:
+            ignored[WITHOUT_CAPTION] += 1
+
+
+def require_images(num_images: int, spec: DataSpec, ignored: Mapping[str, int] | None = None) -> None:
     if not num_images:
-        raise ValueError(f"{spec.path}: no images" + (f" where {spec.where}" if spec.where else ""))
+        where = f" where {spec.where}" if spec.where else ""
+        raise ValueError(f"{spec.path}: no images{where}" + (f"; left out: {dict(ignored)}" if ignored else ""))
 
 
-def _read_table(path: Path, quotes: Quotes | None) -> tuple[list[str], list[dict[str, str]]]:
+def require_different(columns: Sequence[str], table: str) -> None:
+    """Columns without a name may be several."""
+    twice = [name for name, count in Counter(filter(None, columns)).items() if count > 1]
+    if twice:
+        raise ValueError(f"{table}: expected columns of different names, got {twice[0]!r} twice: {', '.join(columns)}")
+
+
+def _delimiter(header: str, spec: DataSpec) -> str:
+    """The spec's, or a tab if the header holds one, or else the one that gives the header a column of images.
+
+    Raises ValueError where several do. Where none does, it is the one that makes the most columns.
+    """
+    if spec.delimiter is not None or "\t" in header:
+        return spec.delimiter or "\t"
+    columns = {own: next(csv.reader([header], delimiter=own), []) for own in DELIMITERS if own in header}
+    wanted = {spec.image} if spec.image is not None else set(IMAGE_COLUMNS)
+    fitting = [own for own in columns if wanted.intersection(columns[own])]
+    if len(fitting) > 1:
+        raise ValueError(f"cells may be separated by {' or '.join(fitting)}: say which, as delimiter={fitting[0]}")
+    return fitting[0] if fitting else max(columns, key=lambda own: len(columns[own]), default=",")
+
+
+def _read_table(path: Path, spec: DataSpec) -> tuple[list[str], list[dict[str, str]]]:
+    quotes = spec.quotes
     with open(path, newline="", encoding="utf-8-sig") as file:
         line = 1
         try:
-            delimiter = "\t" if "\t" in file.readline() else ","
+            header = file.readline()
+            if "\0" in header:
+                raise ValueError("expected text in UTF-8, got zero bytes (UTF-16?)")
+            delimiter = _delimiter(header, spec)
             file.seek(0)
             quoting = csv.QUOTE_NONE if quotes == "none" else csv.QUOTE_MINIMAL
             reader = csv.reader(file, delimiter=delimiter, strict=True, quoting=quoting)
@@ -149,13 +195,21 @@ def _read_table(path: Path, quotes: Quotes | None) -> tuple[list[str], list[dict
                     raise ValueError("a quoted cell of several lines; where it is meant so, say quotes=csv")
                 if cells:
                     rows.append(dict(zip(columns, cells, strict=True)))
-        except (csv.Error, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: near line {line}: expected UTF-8{_looks_like(path)}: {error}") from None
+        except (csv.Error, ValueError) as error:
             unsure = isinstance(error, csv.Error) or "quoted" in str(error)
             hint = "; quotes=none takes quotes as they are" if unsure else ""
             raise ValueError(f"{path}: near line {line}: {error}{hint}") from None
     if not columns:
         raise ValueError(f"{path}: empty, expected a header line")
+    require_different(columns, str(path))
     return columns, rows
+
+
+def _looks_like(path: Path) -> str:
+    with open(path, "rb") as file:
+        return ", got UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
 
 
 def conditions(where: str | None, columns: Sequence[str], table: str) -> list[tuple[str, str, bool]]:
@@ -172,4 +226,9 @@ def conditions(where: str | None, columns: Sequence[str], table: str) -> list[tu
 
 def row_filter(where: str | None, columns: Sequence[str], table: str) -> Callable[[Row], bool]:
     wanted = conditions(where, columns, table)
-    return lambda row: all((str(row[name]) == value) is equal for name, value, equal in wanted)
+    return lambda row: all((_compared(row[name]) == value) is equal for name, value, equal in wanted)
+
+
+def _compared(value: Any) -> str:
+    """Null and NaN are as an empty cell."""
+    return "" if value is None or value != value else str(value)

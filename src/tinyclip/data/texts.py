@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from functools import lru_cache
 from itertools import chain, product
 from pathlib import Path
 from random import Random
 from typing import Any, Self
 
+from tinyclip.data.decode import BadItem
 from tinyclip.data.spec import DataSpec
 
+NO_CAPTION = "no caption"  # why an item is bad
+WITHOUT_CAPTION = "images without a caption"  # what is left out
+NOTHING: Mapping[str, str] = {}
 CAPTION_COLUMNS = ("captions", "caption", "txt", "title", "text")
 FIELD = re.compile(r"\{([^{}]+)\}")
 
@@ -58,42 +64,54 @@ def joined(captions: Iterable[Sequence[str]]) -> Sequence[str]:
 class Words:
     """What a spec says about captions and labels, checked against a set's columns. A column is a template too.
 
-    Where the spec does not say, captions are a column that is `usual`, if there is one; by default all are.
-    Raises ValueError for a column that is not there, and where nothing says what a caption or a label is.
+    Where the spec does not say, a row's captions are the first column of `order` that gives it any. Where columns were
+    only seen in some rows, those that are `usual` come first, and those that were not seen last. `objects` are columns
+    of neither texts nor lists of them, with their type.
+    Raises ValueError for a column that is not there or gives no text, and where nothing says what a caption or a label
+    is.
     """
 
-    def __init__(self, spec: DataSpec, columns: Sequence[str], usual: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        spec: DataSpec,
+        columns: Sequence[str],
+        *,
+        usual: Sequence[str] | None = None,
+        order: Sequence[str] = CAPTION_COLUMNS,
+        objects: Mapping[str, str] = NOTHING,
+    ) -> None:
         self.sep = spec.sep
         self.templates = read_templates(spec.templates) if spec.templates is not None else None
-        self.shares = self._shares(spec, columns, usual)
         self.label_template = spec.label and as_template(spec.label)
-        known = f"it has {', '.join(columns) or 'none'}"
-        if not self.shares and spec.label is None:
-            raise ValueError(f"{spec.path}: no caption column {' or '.join(CAPTION_COLUMNS)}; {known}")
-        for column in self.columns:
-            if column not in columns:
-                raise ValueError(f"{spec.path}: no column {column!r}; {known}")
+        self.shares = parse_shares(spec.captions) if spec.captions is not None else ()
+        self.sources = [] if spec.caption is None else [as_template(spec.caption)]  # templates that are asked in turn
+        self._check(spec.path, columns, objects)
+        if not self.sources and not self.shares and self.templates is None:
+            found = [name for names in (usual or (), columns) for name in order if name in {*names} - objects.keys()]
+            found += order if found and usual is not None else ()
+            self.sources = [as_template(name) for name in dict.fromkeys(found)]
+            if not found and spec.label is None:
+                known = ", ".join(columns) or "none"
+                raise ValueError(f"{spec.path}: no caption column {' or '.join(order)}; it has {known}")
+        self.columns = self._named()
 
-    @staticmethod
-    def _shares(spec: DataSpec, columns: Sequence[str], usual: Sequence[str]) -> tuple[tuple[str, float], ...]:
-        """Templates of captions, each with its weight."""
-        if spec.templates is not None:
-            return ()
-        if spec.captions is not None:
-            return parse_shares(spec.captions)
-        known = (name for names in (usual, columns) for name in CAPTION_COLUMNS if name in names)
-        caption = spec.caption or next(known, None)
-        return () if caption is None else ((as_template(caption), 1.0),)
-
-    @property
-    def columns(self) -> list[str]:
-        """Those that the templates name, each once."""
-        templates = [*(template for template, _ in self.shares), self.label_template or ""]
+    def _named(self) -> list[str]:
+        """The columns of all templates."""
+        templates = [*(template for template, _ in self.shares), *self.sources, self.label_template or ""]
         return list(dict.fromkeys(FIELD.findall("".join(templates))))
+
+    def _check(self, path: str, columns: Sequence[str], objects: Mapping[str, str]) -> None:
+        for column in self._named():
+            if column not in columns:
+                raise ValueError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'none'}")
+            if column in objects:
+                raise ValueError(f"{path}: column {column!r}: expected texts or lists of them, got {objects[column]}")
 
     def captions(self, row: Mapping[str, Any]) -> Sequence[str]:
         if self.templates is not None:
-            return _described(texts(self.label_template, row, self.sep), self.templates)
+            return _described(self.label(row) or (), self.templates)
+        if self.sources:
+            return next(filter(None, (texts(template, row, self.sep) for template in self.sources)), ())
         if len(self.shares) == 1:
             return texts(self.shares[0][0], row, self.sep)
         found = [(own, weight) for template, weight in self.shares if (own := texts(template, row, self.sep))]
@@ -101,11 +119,15 @@ class Words:
         return Weighted(chain.from_iterable(own for own, _ in found), weights)
 
     def label(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """A yes or no is a class too."""
+        row = {name: str(value) if isinstance(value, bool) else value for name, value in row.items()}
         return texts(self.label_template, row, self.sep) or None
 
 
 def as_template(text: str) -> str:
-    """Raises ValueError for a brace without its other."""
+    """Raises ValueError for a brace without its other, and for no text."""
+    if not text:
+        raise ValueError("expected a column, or a template such as 'a photo of {name}', got nothing")
     if "{" not in text:
         return f"{{{text}}}"
     if "{" in (rest := FIELD.sub("", text)) or "}" in rest:
@@ -158,12 +180,63 @@ def texts(template: str | None, row: Mapping[str, Any], sep: str | None) -> tupl
     """
     if template is None:
         return ()
-    columns = list(dict.fromkeys(FIELD.findall(template)))
+    columns = _columns(template)
+    if len(template) == len(columns[0]) + 2:  # a column and nothing else
+        return tuple(_cell(row.get(columns[0]), sep))
     choices = [_cell(row.get(column), sep) for column in columns]
     fills = (dict(zip(columns, values, strict=True)) for values in product(*choices))
     return tuple(FIELD.sub(lambda match, fill=fill: fill[match[1]], template) for fill in fills)
 
 
+@lru_cache(maxsize=4096)
+def _columns(template: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(FIELD.findall(template)))
+
+
 def _cell(value: Any, sep: str | None) -> list[str]:
-    parts = value if isinstance(value, list) else [] if value is None else str(value).split(sep) if sep else [value]
-    return [text for part in parts if (text := str(part).strip())]
+    """The texts of a cell, or of a list and the lists inside it."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        parts = value.split(sep) if sep else (value,)
+    elif isinstance(value, list | tuple):
+        parts = map(_said, _flat(value))
+    else:
+        text = _said(value)
+        parts = text.split(sep) if sep else (text,)
+    return [text for part in parts if (text := part.strip())]
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    """What is in a list, and in the lists inside it, however deep."""
+    waiting = [iter(values)]
+    while waiting:
+        for value in waiting[-1]:
+            if isinstance(value, list | tuple):
+                waiting.append(iter(value))
+                break
+            yield value
+        else:
+            waiting.pop()
+
+
+def _said(value: Any) -> str:
+    """A text, number, time or UTF-8 bytes as text; null, NaN, a yes or no, and objects say nothing.
+
+    Raises BadItem for other bytes.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return as_text(value)
+        except UnicodeDecodeError as error:
+            raise BadItem(f"expected a text in UTF-8: {error}") from None
+    if isinstance(value, bool) or (isinstance(value, float | Decimal) and not math.isfinite(value)):
+        return ""
+    return str(value) if isinstance(value, int | float | Decimal | date | time) else ""
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8, with or without a byte order mark."""
+    return data.decode().removeprefix("\ufeff")
