@@ -116,7 +116,7 @@ def test_bytes_are_texts_in_utf_8_or_a_broken_item(tmp_path, kind):
 @pytest.mark.parametrize("kind", READERS[2:])
 def test_a_column_of_objects_is_refused_where_it_is_asked_for(tmp_path, kind):
     spec = write_set(kind, tmp_path / "set", {"caption": [{"raw": "a cat"}], "all": [[{"raw": "a cat"}]], "t": ["x"]})
-    assert "no caption column" in error_of(spec)
+    assert "no caption column" in (message := error_of(spec)) and "caption (struct<raw: string>), all (list<" in message
     for query in ("caption=caption", "captions=all:1|t:2", "caption=a {t}&label=all"):
         assert "expected texts or lists of them, got" in error_of(f"{spec}?{query}")
 

@@ -176,7 +176,14 @@ def test_a_table_of_paths_reads_the_columns_that_it_needs(tmp_path, monkeypatch)
     rows = ours._rows
     monkeypatch.setattr(ours, "_rows", lambda table, names, own: asked.append(names) or rows(table, names, own))
     (tmp_path / "red.png").write_bytes(png("red"))
-    columns = {"file": ["red.png"], "thumbnail": [b"x" * 999], "caption": ["a"], "split": ["dev"], "nsfw": [0.5]}
+    columns = {
+        "file": ["red.png"],
+        "thumbnail": [b"x" * 999],
+        "page": ["a" * 999],
+        "caption": ["a"],
+        "split": ["dev"],
+        "nsfw": [0.5],
+    }
     source = open_source(f"{write(tmp_path / 't.parquet', columns)}?where=split=dev")
     assert source.captions(0) == ("a",) and source.flags(0) == {"nsfw": 0.5}
     assert asked == [["file", "caption", "split", "nsfw"]]

@@ -129,6 +129,8 @@ def test_names_may_hold_whatever_a_file_system_allows(tmp_path, odd):
         for own in (spec, str(parsed)):
             source = open_source(own)
             assert len(source) == 1 and source.image(0).size == (8, 6) and source.captions(0)
+        mixture = DataSpec.parse({"mixture": [{"data": spec}, {"data": "scenes"}]})
+        assert DataSpec.parse(str(mixture)) == mixture
         assert len(open_source({**spec, "dedup": True, "min_caption_chars": 1})) == 1
 
 

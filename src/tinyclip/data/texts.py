@@ -91,8 +91,8 @@ class Words:
             found += order if found and usual is not None else ()
             self.sources = [as_template(name) for name in dict.fromkeys(found)]
             if not found and spec.label is None:
-                known = ", ".join(columns) or "none"
-                raise ValueError(f"{spec.path}: no caption column {' or '.join(order)}; it has {known}")
+                known = ", ".join(f"{name} ({objects[name]})" if name in objects else name for name in columns)
+                raise ValueError(f"{spec.path}: no caption column {' or '.join(order)}; it has {known or 'none'}")
         self.columns = self._named()
 
     def _named(self) -> list[str]:
