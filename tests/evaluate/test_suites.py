@@ -10,6 +10,7 @@ import torch
 import torchvision
 import yaml
 
+from tests.data.test_sources import write_tar
 from tests.evaluate.conftest import Pictures
 from tests.evaluate.test_datasets import (
     NAMES,
@@ -252,6 +253,18 @@ def test_a_suite_file_alone_starts_at_its_own_folder(root):
     (root / "own.yaml").write_text(yaml.safe_dump(own))
     present, absent = open_suite(str(root / "own.yaml"), None)
     assert [labelled.name for labelled in present] == ["folders"] and absent == []
+
+
+@pytest.mark.parametrize("data", ["0.tar::1.tar?label=name", "{0..1}.parquet?label=name"])
+def test_patterns_of_a_suite_file_start_at_the_root(tmp_path, data):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number, name in enumerate(NAMES[:2]):
+        files = {"1.png": png(number), "1.json": json.dumps({"name": name}).encode()}
+        write_tar(tmp_path / f"{number}.tar", files)
+        parquet.write_table(pa.table({"image": [files["1.png"]], "name": [name]}), tmp_path / f"{number}.parquet")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"datasets": [{"name": "own", "data": data}]}))
+    [labelled], absent = open_suite(str(tmp_path / "own.yaml"), None)
+    assert (len(labelled), absent) == (2, [])
 
 
 def write_model(directory):

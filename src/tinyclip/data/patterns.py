@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from string import ascii_lowercase, ascii_uppercase
 
-from tinyclip.data.spec import is_remote, parts
+from tinyclip.data.spec import is_remote, joined_paths
 
 MAX_FILES = 1_000_000
 MAX_NESTED = 20
@@ -27,7 +27,7 @@ def paths_of(path: str) -> list[str]:
     braces that hold the scheme of a URL.
     """
     try:
-        found = [own for part in parts(path) for own in _expanded_part(part)]
+        found = [own for part in joined_paths(path) for own in _expanded_part(part)]
         _check_number(len(found))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

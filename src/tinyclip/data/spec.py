@@ -138,7 +138,7 @@ class DataSpec(BaseModel):
             return "scenes" if self.path == "scenes" else "mixture"
         if self.path.startswith(HUGGINGFACE):
             return "huggingface"
-        return _kind_of(parts(self.path)[-1])
+        return _kind_of(joined_paths(self.path)[-1])
 
     @property
     def scenes_split(self) -> Split:
@@ -164,7 +164,7 @@ class DataSpec(BaseModel):
         for key, field in type(self).model_fields.items():
             if key not in ("path", *KEYS[self.kind]) and getattr(self, key) != field.default:
                 raise ValueError(f"key {key!r} means nothing for {self.kind}, which take {', '.join(KEYS[self.kind])}")
-        own = parts(self.path)
+        own = joined_paths(self.path)
         if len(own) > 1 and (others := [part for part in own if _kind_of(part) != self.kind]):
             raise ValueError(f"expected files of one kind between ::, got {others[0]!r} beside {self.kind}")
         if any(not command.strip() for command in commands_in(self.path)):
@@ -211,7 +211,7 @@ def commands_in(path: str) -> list[str]:
     return [part.removeprefix(PIPE) for part in path.split("::") if part.startswith(PIPE)]
 
 
-def parts(path: str) -> list[str]:
+def joined_paths(path: str) -> list[str]:
     """Those that are joined by :: where they are shards or Parquet files; a file whose name has a :: is one."""
     found = path.split("::")
     is_list = len(found) > 1 and _kind_of(found[-1]) in ("shards", "parquet") and not os.path.exists(path)

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from tinyclip.config import Config
 from tinyclip.data.sources import open_source
-from tinyclip.data.spec import DataSpec, is_remote
+from tinyclip.data.spec import DataSpec, is_remote, joined_paths
 from tinyclip.evaluate.datasets import (
     TEMPLATES_FILE,
     Absent,
@@ -527,8 +527,8 @@ def _open_own(own: Entry, data: str, root: Path, split: Split) -> LabelledSet | 
         return open_huggingface(folder, own.name, texts, split=part, metric=own.metric)
     spec = DataSpec.parse(data)
     if spec.kind not in ("scenes", "mixture") and not is_remote(spec.path):
-        spec = spec.model_copy(update={"path": str(root / spec.path)})
-        if spec.kind != "shards" and not Path(spec.path).exists():
+        spec = spec.model_copy(update={"path": "::".join(str(root / part) for part in joined_paths(spec.path))})
+        if spec.kind not in ("shards", "parquet") and not Path(spec.path).exists():
             return Absent(own.name, f"no file or folder {spec.path}")
     return labelled_set(own.name, open_source(spec), templates, own.metric, class_names)
 
