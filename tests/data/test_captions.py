@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from random import Random
 
 import pytest
 import torch
@@ -126,6 +127,18 @@ def test_a_yes_or_no_is_a_class_but_no_caption(tmp_path):
     source = open_source(f"{spec}?label=indoors&caption=indoors")
     assert [source.label(index) for index in range(2)] == [("True",), ("False",)]
     assert source.captions(0) == ()
+
+
+def test_no_value_is_a_caption_as_python_writes_it():
+    random = Random(0)
+
+    def value(depth=0):
+        kind = random.randrange(9 if depth < 3 else 7)
+        scalars = ["a cat", " ", None, math.nan, True, 7, {"caption": "a dog"}]
+        return scalars[kind] if kind < 7 else [value(depth + 1) for _ in range(random.randrange(4))]
+
+    found = {text for _ in range(500) for text in texts("{caption}", {"caption": value()}, None)}
+    assert found == {"a cat", "7"}
 
 
 def test_lists_may_be_as_deep_as_json_allows():

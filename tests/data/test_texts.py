@@ -85,6 +85,7 @@ def test_wrong_settings_are_one_line(tmp_path):
         "label=name&templates=a {}|a photo": "expected {}, the class name, in each, got 'a photo'",
         f"label=name&templates={tmp_path}/empty.txt": "expected at least one, the file is empty",
         f"label=name&templates={tmp_path}/latin.txt": "not UTF-8",
+        "caption=": "expected a column, or a template",
         "captions=name:0|file": "expected COLUMN:WEIGHT|COLUMN:WEIGHT, got 'name:0'",
         "captions=name:1|title:2": "no column 'title'; it has file, name",
     }.items():
