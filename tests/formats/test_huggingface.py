@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers import CLIPConfig as TheirConfig
 
 import tinyclip
@@ -252,7 +252,6 @@ def test_pictures_are_read_as_their_processor_says_or_it_is_refused(tmp_path):
         {"do_pad": None, "default_to_square": None, "device": None},
         {"do_convert_rgb": False},
         {"image_processor_type": "CLIPImageProcessorFast"},
-        {"image_processor_type": "CLIPFeatureExtractor"},
         {"image_processor_type": None, "feature_extractor_type": "CLIPFeatureExtractor"},
     ):
         rewrite(file, **changes)
@@ -331,17 +330,22 @@ def test_captions_are_read_with_clips_vocabulary_or_it_is_refused(tmp_path):
     "settings, message",
     [
         ({"model_max_length": 7}, "model_max_length: expected the context length, 11, or more; got 7"),
-        (
-            {"model_max_length": None, "max_len": 10},
-            "model_max_length: expected the context length, 11, or more; got 10",
-        ),
         ({"padding_side": "left"}, "padding_side"),
         ({"truncation_side": "left"}, "truncation_side"),
         ({"tokenizer_class": "GPT2Tokenizer"}, "tokenizer_class"),
-        ({"eos_token": "</s>"}, "eos_token: expected '<|endoftext|>' of the vocabulary, got '</s>'"),
-        ({"bos_token": {"content": "x</w>"}}, "bos_token: expected '<|startoftext|>' of the vocabulary, got 'x</w>'"),
-        ({"model_max_length": 10**30, "pad_token": "!"}, None),  # what pads comes after the end: it changes nothing
-        ({"model_max_length": None, "eos_token": None, "padding_side": None}, None),
+        ({"eos_token": "</s>"}, "eos_token: expected '<|endoftext|>', got '</s>'"),
+        ({"bos_token": {"content": "x</w>"}}, "bos_token: expected '<|startoftext|>', got 'x</w>'"),
+        ({"pad_token": "!"}, "pad_token: expected '<|startoftext|>' or '<|endoftext|>', got '!'"),
+        (
+            {"additional_special_tokens": ["red"]},
+            "additional_special_tokens: expected '<|startoftext|>' or '<|endoftext|>'",
+        ),
+        (
+            {"added_tokens_decoder": {"0": {"content": "!"}}},
+            "added_tokens_decoder: expected '<|startoftext|>' or '<|endo",
+        ),
+        ({"model_max_length": 10**30}, None),
+        ({"model_max_length": None}, None),
     ],
 )
 def test_settings_of_a_tokenizer_that_change_ids_are_named(settings, message, tmp_path):
@@ -350,8 +354,26 @@ def test_settings_of_a_tokenizer_that_change_ids_are_named(settings, message, tm
     rewrite(file, **settings)
     if message is None:
         assert tinyclip.load(tmp_path).tokenizer == TOKENIZER
+        theirs = AutoTokenizer.from_pretrained(tmp_path)(CAPTIONS, truncation=True, max_length=11)
+        assert theirs.input_ids == TOKENIZER.encode(CAPTIONS)
     else:
         refused(tmp_path, re.escape(f"{file}: {message}"))
+
+
+@pytest.mark.parametrize(
+    "name, settings", [("special_tokens_map.json", {"pad_token": "!"}), ("added_tokens.json", {"!": 0})]
+)
+def test_special_tokens_in_older_files_are_named_where_they_count(name, settings, tmp_path):
+    """To transformers a "!" that pads is no exclamation mark, in any text."""
+    save(tmp_path)
+    rewrite(tmp_path / "tokenizer_config.json", added_tokens_decoder=None)
+    settings_file = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings_file["added_tokens_decoder"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    assert tinyclip.load(tmp_path).tokenizer == TOKENIZER
+    (tmp_path / name).write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(tmp_path)(["red!"]).input_ids != TOKENIZER.encode(["red!"])
+    refused(tmp_path, f"{name}: (pad_token|added_tokens): expected .*, got '!'")
 
 
 def test_a_directory_of_sentence_transformers_is_read_where_it_is_a_clip_model_alone(tmp_path):

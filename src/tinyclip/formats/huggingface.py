@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 HUB = "hf:"
 SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"  # or shards, which NAME.index.json names
 OTHER_WEIGHTS = ("tf_model.h5", "flax_model.msgpack")  # that transformers itself no longer reads
+OLDER_TOKENS = ("special_tokens_map.json", "added_tokens.json")  # now inside tokenizer_config.json
+SPECIAL = [  # fields of tokenizer_config.json that name tokens, beside those of start and end
+    *("unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "added_tokens"),
+]
 FILES = [  # what is fetched from the hub
     *("config.json", SAFETENSORS, "model-*-of-*.safetensors", f"{SAFETENSORS}.index.json"),
     *("preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", *OLDER_TOKENS),
     "preprocess.json",  # of a directory of ours
 ]
 PICKLE_FILES = [PICKLES, "pytorch_model-*-of-*.bin", f"{PICKLES}.index.json"]  # fetched where there is nothing better
@@ -172,24 +177,15 @@ class _Processor(_Section):
     do_pad: Literal[False, None] = False
 
 
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, Mapping) else token
-
-
-Token = Annotated[str | None, BeforeValidator(_content)]
-
-
 class _TokenizerSettings(_Section):
     """The fields of tokenizer_config.json that change ids."""
 
-    tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"] = (
-        "CLIPTokenizer"
-    )
+    tokenizer_class: Literal[
+        "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None
+    ] = "CLIPTokenizer"
     padding_side: Literal["right"] = "right"
     truncation_side: Literal["right"] = "right"
-    model_max_length: float = Field(math.inf, validation_alias=AliasChoices("model_max_length", "max_len"))
-    bos_token: Token = None
-    eos_token: Token = None
+    model_max_length: float | None = Field(None, validation_alias=AliasChoices("model_max_length", "max_len"))
 
 
 class _Module(_Section):
@@ -413,9 +409,9 @@ def read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
         if not file.is_file():
             return None
         settings = read_json(file)
-    if isinstance(settings, dict):
-        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
-        settings = {**settings, "image_processor_type": str(kind).replace("FeatureExtractor", "ImageProcessor")}
+    if isinstance(settings, dict) and settings.get("image_processor_type") is None:
+        older = str(settings.get("feature_extractor_type") or "CLIPFeatureExtractor")
+        settings = {**settings, "image_processor_type": older.replace("FeatureExtractor", "ImageProcessor")}
     found = validated(_Processor, settings, str(file))
     square, shortest = {"height": image_size, "width": image_size}, {"shortest_edge": image_size}
     size, crop = found.size, found.crop_size if found.do_center_crop else None
@@ -444,11 +440,12 @@ def read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
 def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
     """None where the directory has none. Raises ValueError for one that is not CLIP's byte pair encoding."""
     file, vocab_file, merges_file = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    theirs = None
+    theirs, added = None, []
     try:
         if file.is_file():
             theirs = tokenizers.Tokenizer.from_file(str(file))
-            vocab, merges = theirs.get_vocab(), json.loads(theirs.to_str())["model"]["merges"]
+            settings = json.loads(theirs.to_str())
+            vocab, merges, added = theirs.get_vocab(), settings["model"]["merges"], settings["added_tokens"]
         elif vocab_file.is_file() and merges_file.is_file():
             file = vocab_file
             vocab, merges = tokenizers.models.BPE.read_file(str(vocab_file), str(merges_file))
@@ -463,7 +460,8 @@ def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
             f"{file}: not CLIP's byte pair encoding: expected {config.vocab_size} tokens, 512 bytes, the merges, start "
             f"and end; got {len(tokens)} tokens, or in another order"
         )
-    _check_settings(directory / "tokenizer_config.json", config, tokens)
+    _check_special({"added_tokens": added}, tokens, file)
+    _check_settings(directory, config, tokens)
     if theirs is not None:
         theirs.no_padding()
         theirs.enable_truncation(config.context_length)
@@ -472,20 +470,39 @@ def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _check_settings(file: Path, config: TextConfig, tokens: list[str]) -> None:
+def _check_settings(directory: Path, config: TextConfig, tokens: list[str]) -> None:
     """Raises ValueError for settings at which transformers gives a text other ids than its vocabulary says."""
-    if not file.is_file():
-        return
-    settings = {name: value for name, value in read_json(file).items() if value is not None}
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
     found = validated(_TokenizerSettings, settings, str(file))
-    if found.model_max_length < config.context_length:
+    if found.model_max_length is not None and found.model_max_length < config.context_length:
         raise ValueError(
             f"{file}: model_max_length: expected the context length, {config.context_length}, or more; "
             f"got {found.model_max_length:g}"
         )
-    for name, expected in zip(("bos_token", "eos_token"), tokens[-2:], strict=True):
-        if getattr(found, name) not in (None, expected):
-            raise ValueError(f"{file}: {name}: expected {expected!r} of the vocabulary, got {getattr(found, name)!r}")
+    _check_special(settings, tokens, file)
+    if "added_tokens_decoder" not in settings:
+        special, added = (directory / name for name in OLDER_TOKENS)
+        _check_special(read_json(special) if special.is_file() else {}, tokens, special)
+        _check_special({"added_tokens": list(read_json(added)) if added.is_file() else []}, tokens, added)
+
+
+def _check_special(settings: Mapping[str, Any], tokens: list[str], file: Path) -> None:
+    """Raises ValueError where another token than start and end is special: it would be looked for in texts."""
+    start, end = tokens[-2:]
+    for name, expected in {"bos_token": (start,), "eos_token": (end,), **dict.fromkeys(SPECIAL, (start, end))}.items():
+        for token in _contents(settings.get(name)):
+            if token not in expected:
+                raise ValueError(f"{file}: {name}: expected {' or '.join(map(repr, expected))}, got {token!r:.80}")
+
+
+def _contents(token: Any) -> list[Any]:
+    """The texts of a token, and of a list or a mapping of tokens."""
+    if isinstance(token, Mapping):
+        return [token["content"]] if "content" in token else _contents(list(token.values()))
+    if isinstance(token, list):
+        return [content for one in token for content in _contents(one)]
+    return [] if token is None else [token]
 
 
 def to_huggingface_dir(model: CLIP, directory: Path) -> None:
