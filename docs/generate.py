@@ -118,6 +118,7 @@ def tolerances() -> Iterator[str]:
     for to, target in export.TARGETS.items():
         limit = f"{target.tolerance:.0e}" if math.isfinite(target.tolerance) else "no limit; it is printed"
         yield _row(f"`{to}`: unit features of images and texts, given the same pixels and captions", limit)
+    yield _row("each: logits of every image with every text, divided by the scale", "as its unit features")
     yield _row("pixels, in levels of 255", str(export.PIXEL_TOLERANCE))
 
 

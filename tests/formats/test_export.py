@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPProcessor
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    pipeline,
+)
 from typer.testing import CliRunner
 
 import tinyclip
@@ -166,6 +174,87 @@ def test_remote_code_is_exact_where_tinyclip_is_not_installed(config, tmp_path):
     torch.testing.assert_close(theirs["loss"], loss, atol=1e-5, rtol=1e-5)
     back = tinyclip.load(tmp_path / "out")  # it is a directory of ours too
     assert state_equal(back, model) and back.config == model.config
+
+
+@pytest.mark.parametrize("config", [UNIFORM, IRREGULAR], ids=["blocks alike", "blocks that differ"])
+@torch.no_grad()
+def test_exports_work_in_the_tasks_of_transformers(config, tmp_path):
+    model, directory, picture = toy(config), str(tmp_path / "out"), noise()[0]
+    export(model, directory, to="huggingface", verify=False)
+    classify = pipeline("zero-shot-image-classification", model=directory, trust_remote_code=True)
+    said = classify(picture, candidate_labels=["red", "blue"], hypothesis_template="a {} star")
+    image_BE, text_BE = (
+        model.encode_image(picture, normalize=True),
+        model.encode_text(["a red star", "a blue star"], normalize=True),
+    )
+    expected = (model.scale * image_BE @ text_BE.T).softmax(-1)[0]
+    scores = {entry["label"]: entry["score"] for entry in said}
+    torch.testing.assert_close(torch.tensor([scores["red"], scores["blue"]]), expected, atol=1e-4, rtol=0)
+    theirs = classify.model
+    if config is UNIFORM:  # a CLIPModel has no features of pictures alone: its classes of one tower do
+        theirs = CLIPVisionModelWithProjection.from_pretrained(directory).eval()
+    embed = pipeline("image-feature-extraction", model=theirs, image_processor=directory)
+    features = embed(picture, return_tensors=True, pool=config is IRREGULAR)
+    torch.testing.assert_close(features, model.encode_image(picture), atol=1e-4, rtol=1e-4)
+    ids = classify.tokenizer(CAPTIONS, padding=True, truncation=True, return_tensors="pt").input_ids
+    if config is UNIFORM:
+        features = CLIPTextModelWithProjection.from_pretrained(directory).eval()(ids).text_embeds
+    else:
+        features = theirs(input_ids=ids).pooler_output
+        with pytest.raises(ValueError, match="expected input_ids, pixel_values or both, got neither"):
+            theirs()
+    torch.testing.assert_close(features, model.encode_text(CAPTIONS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [UNIFORM, IRREGULAR], ids=["blocks alike", "blocks that differ"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_what_transformers_saved_again_comes_back(config, dtype, tmp_path):
+    model = toy(config, OTHER_READING)
+    export(model, tmp_path / "out", to="huggingface", verify=False)
+    theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).to(dtype)
+    theirs.save_pretrained(tmp_path / "again", max_shard_size="4KB" if dtype is torch.float16 else "1GB")
+    AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file() == (dtype is torch.bfloat16)
+    back = tinyclip.load(tmp_path / "again")
+    assert (back.config, back.preprocess, back.tokenizer) == (model.config, model.preprocess, model.tokenizer)
+    for name, weight in back.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name].to(dtype).float()), name
+    inputs = AutoProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)(
+        images=noise(), text=CAPTIONS, padding=True, truncation=True, return_tensors="pt"
+    )
+    output = theirs.float().eval()(**inputs)
+    assert_features(back, inputs.pixel_values, output.image_embeds, output.text_embeds)
+
+
+def test_a_reading_that_was_changed_beside_ours_is_not_overlooked(tmp_path):
+    model = toy(IRREGULAR)
+    export(model, tmp_path / "out", to="huggingface", verify=False)
+    assert not (tmp_path / "out" / "preprocess.json").exists()  # one file says it
+    processor = CLIPProcessor.from_pretrained(tmp_path / "out")
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    processor.save_pretrained(tmp_path / "out")
+    assert tinyclip.load(tmp_path / "out").preprocess.mean == (0.5,) * 3
+    (tmp_path / "out" / "preprocess.json").write_text(model.preprocess.model_dump_json())
+    with pytest.raises(ValueError, match=r"preprocess.json: what transformers reads .* says otherwise: "):
+        tinyclip.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["huggingface", "open_clip", "tinyclip"])
+def test_an_export_with_another_scale_fails_though_its_features_are_right(to, tmp_path, monkeypatch):
+    model, target = toy(UNIFORM), export_module.TARGETS[to]
+
+    def sabotage(written: CLIP, directory: Path) -> None:
+        with torch.no_grad():
+            written.logit_scale += 1e-3
+        target.write(written, directory)
+        with torch.no_grad():
+            written.logit_scale -= 1e-3
+
+    monkeypatch.setitem(export_module.TARGETS, to, target._replace(write=sabotage))
+    with pytest.raises(ValueError, match="not written: expected .* 1e-05 in unit features, .* in logits"):
+        export(model, tmp_path / "out", to=to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_remote_code_needs_nothing_of_ours():

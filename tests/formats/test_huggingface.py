@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers import CLIPConfig as TheirConfig
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import tinyclip
 from tinyclip.formats.huggingface import (
@@ -184,42 +187,121 @@ def refused(directory: Path, message: str) -> None:
 
 def test_bad_directories_are_refused_in_one_line(tmp_path):
     save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"logit_scale": "../elsewhere.safetensors"}}))
     refused(tmp_path, "expected the names of files beside it, got '../elsewhere.safetensors'")
     index.write_text("{}")
     refused(tmp_path, "weight_map")
     index.unlink()
-    (tmp_path / "model.safetensors").rename(tmp_path / "weights")
-    refused(tmp_path, "model.safetensors: expected a checkpoint file, found none")
+    refused(tmp_path, "model.safetensors: expected a checkpoint file, found none; nor pytorch_model.bin, nor an index")
+    (tmp_path / "tf_model.h5").touch()
+    refused(tmp_path, "; tf_model.h5 is not read$")
+
+
+def test_the_file_of_weights_is_the_one_that_transformers_takes(tmp_path):
+    """One file of safetensors, shards of it, one pickle, shards of it."""
+    state, config = their_model(SETTINGS).state_dict(), config_from_huggingface(SETTINGS)
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+    names = sorted(state)
+
+    def scaled(number: float) -> dict[str, torch.Tensor]:
+        return {**state, "logit_scale": torch.tensor(number)}
+
+    def write_shards(name: str, write, number: float) -> None:
+        halves = [name.replace(".", f"-{part}-of-2.") for part in (1, 2)]
+        for half, keys in zip(halves, (names[::2], names[1::2]), strict=True):
+            write({key: scaled(number)[key] for key in keys}, tmp_path / half)
+        places = {key: halves[index % 2] for index, key in enumerate(names)}
+        (tmp_path / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+    write_shards("pytorch_model.bin", torch.save, 1.0)
+    assert tinyclip.load(tmp_path).logit_scale.item() == CLIPModel.from_pretrained(tmp_path).logit_scale.item() == 1.0
+    expected = from_huggingface(scaled(1.0), config).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tinyclip.load(tmp_path).state_dict().items())
+    torch.save(scaled(2.0), tmp_path / "pytorch_model.bin")
+    assert tinyclip.load(tmp_path).logit_scale.item() == CLIPModel.from_pretrained(tmp_path).logit_scale.item() == 2.0
+    write_shards("model.safetensors", save_file, 3.0)
+    assert tinyclip.load(tmp_path).logit_scale.item() == CLIPModel.from_pretrained(tmp_path).logit_scale.item() == 3.0
+    save_file(scaled(4.0), tmp_path / "model.safetensors", {"format": "pt"})
+    assert tinyclip.load(tmp_path).logit_scale.item() == CLIPModel.from_pretrained(tmp_path).logit_scale.item() == 4.0
+
+
+def test_a_pickle_that_holds_code_is_not_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+    torch.save({"logit_scale": CLIPModel}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "pytorch_model.bin: expected tensors only; the file holds code or is damaged")
 
 
 def test_pictures_are_read_as_their_processor_says_or_it_is_refused(tmp_path):
     save(tmp_path)
     file = tmp_path / "preprocessor_config.json"
-    rewrite(file, size=23, crop_size=23, resample=2)  # as older versions wrote it
-    assert tinyclip.load(tmp_path).preprocess == Preprocess(size=23, mean=(0.4,) * 3, interpolation="bilinear")
+    before = file.read_text()
+    picture = Image.effect_mandelbrot((90, 62), (-3, -2.5, 2, 2.5), 100).resize((40, 31)).convert("RGB")
+    for changes in (
+        {"size": 23, "crop_size": 23, "resample": 2},  # as older versions wrote it
+        {"size": {"height": 23, "width": 23}},
+        {"size": {"height": 23, "width": 23}, "do_center_crop": False, "crop_size": 20},
+        {"size": [23, 23], "crop_size": [23, 23]},
+        {"size": 23, "default_to_square": True},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 0.9, 0.8], "image_std": [0.5, 0.6, 0.7]},
+        {"image_mean": 0.5, "image_std": 0.25},
+        {"do_pad": None, "default_to_square": None, "device": None},
+        {"do_convert_rgb": False},
+        {"image_processor_type": "CLIPImageProcessorFast"},
+        {"image_processor_type": None, "feature_extractor_type": "CLIPFeatureExtractor"},
+    ):
+        rewrite(file, **changes)
+        theirs = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt").pixel_values
+        ours = tinyclip.load(tmp_path).preprocess
+        levels = (ours.normalise(ours(picture)[None]) - theirs).abs() * 255 * torch.tensor(ours.std).view(3, 1, 1)
+        assert levels.max() < 1.1, changes
+        file.write_text(before)
     rewrite(file, size={"height": 23, "width": 23}, do_center_crop=False)
     assert tinyclip.load(tmp_path).preprocess.resize == "squash"
     for changes, message in (
-        ({"size": {"shortest_edge": 30}}, "resized to 23"),
+        ({"size": {"shortest_edge": 30}}, "size, crop_size: expected .* resized to 23"),
+        ({"size": {"shortest_edge": 23, "longest_edge": 23}}, "size, crop_size: expected"),
+        ({"size": [23, 24]}, "size, crop_size: expected"),
+        ({"do_center_crop": True, "crop_size": {"shortest_edge": 23}}, "size, crop_size: expected"),
+        ({"do_resize": False}, "do_resize"),
+        ({"do_rescale": None}, "do_rescale"),
+        ({"image_mean": None}, "image_mean"),
+        ({"do_pad": True}, "do_pad"),
+        ({"do_normalize": "false"}, "do_normalize"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "image_processor_type"),
         ({"size": {"shortest_edge": 23}, "do_center_crop": False}, "crop none"),
-        ({"size": {"shortest_edge": 23}, "do_center_crop": True, "crop_size": 20}, "crop 20"),
+        ({"size": {"shortest_edge": 23}, "do_center_crop": True, "crop_size": 20}, "crop {'height': 20, 'width': 20}"),
         ({"resample": 0}, "resample"),
-        ({"do_normalize": False}, "do_normalize"),
-        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"rescale_factor": 0}, "rescale_factor"),
         ({"image_std": [0, 1, 1]}, "std"),
     ):
         before = file.read_text()
         rewrite(file, **changes)
         refused(tmp_path, message)
         file.write_text(before)
-    settings = json.loads(file.read_text())
+    settings, newer = json.loads(file.read_text()), tmp_path / "processor_config.json"
     file.unlink()
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    newer.write_text(json.dumps({"image_processor": settings}))
     assert tinyclip.load(tmp_path).preprocess.resize == "squash"
-    (tmp_path / "processor_config.json").unlink()
+    newer.unlink()
     assert tinyclip.load(tmp_path).preprocess is None
+
+
+@pytest.mark.parametrize("newer", [{"image_processor": {"image_mean": [0.5] * 3}}, {"image_processor": None}, {}])
+def test_of_two_files_that_say_how_pictures_are_read_the_one_that_transformers_takes_counts(newer, tmp_path):
+    save(tmp_path)  # preprocessor_config.json: mean 0.4
+    if newer.get("image_processor"):
+        newer["image_processor"] |= {"size": {"shortest_edge": 23}, "crop_size": {"height": 23, "width": 23}}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor", **newer}))
+    theirs = CLIPProcessor.from_pretrained(tmp_path).image_processor
+    assert tinyclip.load(tmp_path).preprocess.mean == tuple(theirs.image_mean)
+    assert theirs.image_mean[0] == (0.5 if newer.get("image_processor") else 0.4)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": ["no object"]}))
+    refused(tmp_path, "processor_config.json: the whole: ")
 
 
 def test_captions_are_read_with_clips_vocabulary_or_it_is_refused(tmp_path):
@@ -244,6 +326,73 @@ def test_captions_are_read_with_clips_vocabulary_or_it_is_refused(tmp_path):
     assert tinyclip.load(tmp_path).tokenizer is None
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model_max_length": 7}, "model_max_length: expected the context length, 11, or more; got 7"),
+        ({"padding_side": "left"}, "padding_side"),
+        ({"truncation_side": "left"}, "truncation_side"),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "tokenizer_class"),
+        ({"eos_token": "</s>"}, "eos_token: expected '<|endoftext|>', got '</s>'"),
+        ({"bos_token": {"content": "x</w>"}}, "bos_token: expected '<|startoftext|>', got 'x</w>'"),
+        ({"pad_token": "!"}, "pad_token: expected '<|startoftext|>' or '<|endoftext|>', got '!'"),
+        (
+            {"additional_special_tokens": ["red"]},
+            "additional_special_tokens: expected '<|startoftext|>' or '<|endoftext|>'",
+        ),
+        (
+            {"added_tokens_decoder": {"0": {"content": "!"}}},
+            "added_tokens_decoder: expected '<|startoftext|>' or '<|endo",
+        ),
+        ({"model_max_length": 10**30}, None),
+        ({"model_max_length": None}, None),
+    ],
+)
+def test_settings_of_a_tokenizer_that_change_ids_are_named(settings, message, tmp_path):
+    save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    rewrite(file, **settings)
+    if message is None:
+        assert tinyclip.load(tmp_path).tokenizer == TOKENIZER
+        theirs = AutoTokenizer.from_pretrained(tmp_path)(CAPTIONS, truncation=True, max_length=11)
+        assert theirs.input_ids == TOKENIZER.encode(CAPTIONS)
+    else:
+        refused(tmp_path, re.escape(f"{file}: {message}"))
+
+
+@pytest.mark.parametrize(
+    "name, settings", [("special_tokens_map.json", {"pad_token": "!"}), ("added_tokens.json", {"!": 0})]
+)
+def test_special_tokens_in_older_files_are_named_where_they_count(name, settings, tmp_path):
+    """To transformers a "!" that pads is no exclamation mark, in any text."""
+    save(tmp_path)
+    rewrite(tmp_path / "tokenizer_config.json", added_tokens_decoder=None)
+    settings_file = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings_file["added_tokens_decoder"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    assert tinyclip.load(tmp_path).tokenizer == TOKENIZER
+    (tmp_path / name).write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(tmp_path)(["red!"]).input_ids != TOKENIZER.encode(["red!"])
+    refused(tmp_path, f"{name}: (pad_token|added_tokens): expected .*, got '!'")
+
+
+def test_a_directory_of_sentence_transformers_is_read_where_it_is_a_clip_model_alone(tmp_path):
+    (tmp_path / "0_CLIPModel").mkdir()
+    theirs = save(tmp_path / "0_CLIPModel")
+    kinds = ("0_CLIPModel", "1_Dense", "2_Normalize")
+    clip, dense, normalize = ({"path": path, "type": f"sentence_transformers.models.{path[2:]}"} for path in kinds)
+    (tmp_path / "modules.json").write_text(json.dumps([clip, normalize]))
+    loaded = tinyclip.load(tmp_path)
+    assert torch.equal(loaded.logit_scale, theirs.logit_scale) and loaded.tokenizer == TOKENIZER
+    (tmp_path / "modules.json").write_text(json.dumps([clip, dense]))
+    refused(tmp_path, "modules.json: expected a CLIPModel in '0_CLIPModel' alone, got .*models.Dense in '1_Dense'")
+    (tmp_path / "modules.json").write_text(json.dumps([{**clip, "path": "../elsewhere"}]))
+    refused(tmp_path, "expected a CLIPModel in '0_CLIPModel' alone, got .* in '../elsewhere'")
+    for damaged in ("", "{}", "[]", "[1]", '[{"path": 1}]'):
+        (tmp_path / "modules.json").write_text(damaged)
+        refused(tmp_path, "modules.json: expected a list of modules, each with a path and a type")
+
+
 def test_a_model_of_the_hub_is_found_in_its_cache_and_else_refused_in_one_line(tmp_path):
     home = tmp_path / "hub" / "models--toy--clip"
     snapshot = home / "snapshots" / ("0" * 40)
@@ -251,9 +400,14 @@ def test_a_model_of_the_hub_is_found_in_its_cache_and_else_refused_in_one_line(t
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("0" * 40)
     save(snapshot)
+    shutil.copytree(home, home.with_name("models--toy--old"))
+    old = home.with_name("models--toy--old") / "snapshots" / ("0" * 40)
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
     program = """
 import tinyclip
 print(sum(parameter.numel() for parameter in tinyclip.load("hf:toy/clip").parameters()))
+assert tinyclip.load("hf:toy/old").logit_scale == tinyclip.load("hf:toy/clip").logit_scale
 for name in ("hf:toy/none", "hf:", "hf:../../etc"):
     try:
         tinyclip.load(name)

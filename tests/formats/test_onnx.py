@@ -1,6 +1,7 @@
 """The ONNX graphs give the model's unit embeddings: any batch, any caption length, odd layer sizes; int8 nearly so."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,11 @@ def exported(tmp_path_factory):
 def run(directory, name, array):
     session = onnxruntime.InferenceSession(directory / f"{name}.onnx", providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: array.numpy()})[0])
+
+
+def opset(path) -> int:
+    [version] = [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""]
+    return version
 
 
 @torch.no_grad()
@@ -74,7 +80,9 @@ def test_odd_sizes_are_exact(config, tmp_path):
 def test_bare_weights_are_compared_on_noise_and_ids_may_be_int32(tmp_path):
     model, said = CLIP(UNIFORM), []
     model.load_state_dict(toy(UNIFORM).state_dict())
-    directory = to_onnx(model, tmp_path / "out", ids="int32", say=said.append)
+    directory = to_onnx(model, tmp_path / "out", ids="int32", opset=20, say=said.append)
+    assert {opset(path) for path in directory.glob("*.onnx")} == {20}
+    assert json.loads((directory / "onnx.json").read_text())["opset"] == 20
     assert "largest difference" in said[0] and sorted(path.name for path in directory.iterdir()) == [
         "image.onnx",
         "onnx.json",
@@ -141,7 +149,8 @@ def test_a_picture_and_a_caption_are_scored_without_torch_and_without_tinyclip(e
 def test_int8_stores_8_bits_and_says_how_far_it_is(tmp_path):
     said, model = [], toy(IRREGULAR)
     directory = to_onnx(model, tmp_path / "out", quantize="int8", say=said.append)
-    assert json.loads((directory / "onnx.json").read_text())["quantize"] == "int8"
+    settings = json.loads((directory / "onnx.json").read_text())
+    assert settings["quantize"] == "int8" and {opset(path) for path in directory.glob("*.onnx")} == {settings["opset"]}
     assert len(list(directory.iterdir())) == 4  # the fp32 graphs are gone
     for name in ("image", "text"):
         graph = onnx.load(directory / f"{name}.onnx").graph
@@ -165,6 +174,22 @@ def test_graphs_that_differ_are_refused_and_leave_nothing(tmp_path, monkeypatch)
         ValueError, match="not written: expected unit embeddings that differ by at most 1e-04, got 2.0e-04"
     ):
         to_onnx(toy(UNIFORM), tmp_path / "out", say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_the_exporter_does_not_write_is_refused(exported, tmp_path, monkeypatch):
+    model, directory = exported
+    for wanted in (17, 7, "18", 18.0):  # before any work
+        with pytest.raises(ValueError, match=f"opset: expected 18 or more, .*, got {wanted!r}$"):
+            to_onnx(model, tmp_path / "out", opset=wanted)
+    assert not list(tmp_path.iterdir())
+
+    def as_torch_does(tower, path, *_):  # it logs that it could not convert, and writes what it has
+        shutil.copy(directory / path.name, path)
+
+    monkeypatch.setattr(onnx_module, "_trace", as_torch_does)
+    with pytest.raises(ValueError, match="^opset: the installed torch cannot write 99; image.onnx got 18; expected"):
+        to_onnx(model, tmp_path / "out", opset=99)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,8 +1,15 @@
 """One key table, used both ways: every key of open_clip's models has its place, and comes back where it was."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import tinyclip
+from tinyclip.formats.export import export
 from tinyclip.formats.open_clip import (
     TeachOnly,
     config_from_open_clip,
@@ -11,6 +18,10 @@ from tinyclip.formats.open_clip import (
     to_open_clip,
 )
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, initialise
+from tinyclip.preprocess import Preprocess
+from tinyclip.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train(["a red star", "two blue hearts"] * 2, vocab_size=520, context_length=8)
 
 TINY = {
     "embed_dim": 12,
@@ -164,6 +175,108 @@ def test_the_activation_and_the_norms_are_read():
     config = config_from_open_clip(model_cfg)
     assert (config.activation, config.norm_eps) == ("quick_gelu", 1e-6)
     assert config_from_open_clip(config_to_open_clip(config)) == config
+
+
+def test_a_resnet_has_the_eps_of_its_text_tower_alone():
+    """open_clip's ResNets have no LayerNorm, and it looks at no setting of one."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 2, "head_width": 8}
+    text_cfg = {**TINY["text_cfg"], "norm_kwargs": {"eps": 1e-3}}
+    config = config_from_open_clip({"embed_dim": 12, "vision_cfg": vision, "text_cfg": text_cfg})
+    assert config.norm_eps == 1e-3 and config_from_open_clip(config_to_open_clip(config)) == config
+    other = {**vision, "norm_kwargs": {"eps": 1e-6}}
+    assert config_from_open_clip({"embed_dim": 12, "vision_cfg": other, "text_cfg": text_cfg}) == config
+
+
+@pytest.fixture(scope="module")
+def local_dir(tmp_path_factory):
+    """What tinyclip writes for open_clip."""
+    config = CLIPConfig.uniform(
+        embed_dim=4, image_size=23, patch_size=23, image_width=4, image_layers=1, text_width=4, text_layers=1,
+        context_length=8, vocab_size=TOKENIZER.vocab_size, head_dim=4,
+    )  # fmt: skip
+    model = CLIP(config, preprocess=Preprocess(size=23), tokenizer=TOKENIZER)
+    model = initialise(model, torch.Generator().manual_seed(0)).eval()
+    return export(model, tmp_path_factory.mktemp("exports") / "out", to="open_clip", verify=False)["directory"]
+
+
+def copied(local_dir, directory, **changes):
+    shutil.copytree(local_dir, directory)
+    file = directory / "open_clip_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "preprocess_cfg",
+    [
+        {},
+        None,
+        {"mean": None, "interpolation": None, "size": 99, "unknown": 1},  # the size is the model's
+        {"mean": 0.5, "std": [0.5, 0.6, 0.7]},
+        {"mean": 0, "fill_color": 128},
+        {"interpolation": "random", "resize_mode": "squash"},
+        {"interpolation": "bilinear", "resize_mode": None, "mode": "RGB"},
+    ],
+)
+def test_pictures_are_read_as_open_clip_does_with_the_same_directory(preprocess_cfg, local_dir, tmp_path):
+    import open_clip
+
+    directory = copied(local_dir, tmp_path / "dir", preprocess_cfg=preprocess_cfg)
+    picture = Image.effect_mandelbrot((90, 62), (-3, -2.5, 2, 2.5), 100).resize((40, 31)).convert("RGB")
+    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{directory}")
+    ours = tinyclip.load(directory).preprocess
+    levels = (
+        (ours.normalise(ours(picture)[None])[0] - transform(picture)).abs() * 255 * torch.tensor(ours.std).view(3, 1, 1)
+    )
+    assert levels.max() < 1.1
+
+
+@pytest.mark.parametrize(
+    "preprocess_cfg, message",
+    [
+        ({"resize_mode": "longest"}, "expected square pictures without borders"),
+        ({"resize_mode": "fill"}, "preprocess_cfg: resize_mode"),
+        ({"interpolation": "nearest"}, "preprocess_cfg: interpolation"),
+        ({"mode": "L"}, "preprocess_cfg: mode"),
+        ({"mean": [0.5, 0.5]}, "preprocess_cfg: mean"),
+        ({"std": [0.5, 0, 0.5]}, "preprocess_cfg: std"),
+        ([1], "preprocess_cfg: expected an object, got list"),
+    ],
+)
+def test_a_reading_that_is_not_ours_is_named(preprocess_cfg, message, local_dir, tmp_path):
+    directory = copied(local_dir, tmp_path / "dir", preprocess_cfg=preprocess_cfg)
+    with pytest.raises(ValueError, match=rf"open_clip_config.json: {message}") as error:
+        tinyclip.load(directory)
+    assert "\n" not in str(error.value)
+
+
+def test_the_file_of_weights_is_the_one_that_open_clip_takes(local_dir, tmp_path):
+    import open_clip
+
+    directory = copied(local_dir, tmp_path / "dir")
+    state = load_file(directory / "open_clip_model.safetensors")
+    (directory / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors: expected a checkpoint file, found none"):
+        tinyclip.load(directory)
+    names = ["b.bin", "a.pth", "z.safetensors", "model.safetensors", "open_clip_pytorch_model.bin"]
+    for number, name in enumerate(names):
+        other = {**state, "logit_scale": torch.tensor(float(number))}
+        (save_file if name.endswith("safetensors") else torch.save)(other, directory / name)
+        theirs = open_clip.create_model(f"local-dir:{directory}").logit_scale.item()
+        assert tinyclip.load(directory).logit_scale.item() == theirs, name
+
+
+def test_a_vocabulary_of_its_own_is_looked_for_in_the_directory_whatever_its_name(local_dir, tmp_path):
+    directory = copied(local_dir, tmp_path / "dir")
+    file = directory / "open_clip_config.json"
+    file.write_text(file.read_text().replace('"tokenizer.json"', '"openai/clip-vit-base-patch32"'))
+    assert tinyclip.load(directory).tokenizer == TOKENIZER
+
+
+def test_a_directory_that_our_towers_lack_is_named(local_dir, tmp_path):
+    directory = copied(local_dir, tmp_path / "dir", model_cfg=changed("vision_cfg", no_ln_pre=True))
+    with pytest.raises(TeachOnly, match="open_clip_config.json: open_clip's vision_cfg.no_ln_pre=True has no"):
+        tinyclip.load(directory)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinyclip.formats import checkpoint, weights
-from tinyclip.formats.open_clip import config_from_open_clip
+from tinyclip.formats.open_clip import config_from_open_clip, to_open_clip
 from tinyclip.formats.release import from_release, is_release, plain, pruned
-from tinyclip.model import BlockConfig
+from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, initialise
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,29 @@ def test_a_pruned_model_has_exactly_the_sizes_of_the_file(golden):
     assert torch.equal(headless, torch.zeros(44))  # the reference drops the bias of a block without heads
     num_read = sum(parameter.numel() for parameter in model.parameters()) - 44 - 32  # one such block in each tower
     assert num_read == sum(tensor.numel() for tensor in state.values())
+
+
+@pytest.mark.parametrize("ffn", [(20, 21), (20, 20)], ids=["blocks that differ", "blocks all alike"])
+def test_a_pruned_file_is_read_by_its_shapes_however_alike_its_blocks_are(ffn):
+    def config(*ffn: int) -> CLIPConfig:
+        image = ImageConfig(
+            width=12, head_dim=4, blocks=[BlockConfig(heads=3, ffn=size) for size in ffn], image_size=8, patch_size=4
+        )
+        text = TextConfig(width=8, head_dim=4, blocks=[BlockConfig(heads=2, ffn=9)], context_length=5, vocab_size=9)
+        return CLIPConfig(embed_dim=6, image=image, text=text)
+
+    small = initialise(CLIP(config(*ffn)), torch.Generator().manual_seed(0))
+    state = to_open_clip(small)
+    wrappers = ("image_encoder_without_ddp.", "text_encoder_without_ddp.", "_logit_scale.module.")
+    wrapped = {
+        wrappers[2 if name == "logit_scale" else not name.startswith("visual.")] + name: weight
+        for name, weight in state.items()
+    }
+    loaded = from_release(wrapped, config(48, 48))
+    assert loaded.config == small.config
+    assert all(torch.equal(weight, state[name]) for name, weight in to_open_clip(loaded).items())
+    deeper = config(48, 48, 48)  # a block of it is gone: it adds nothing
+    assert from_release(wrapped, deeper).config == small.config
 
 
 def test_a_manual_model_keeps_its_config(golden):

@@ -3,7 +3,7 @@
     config.json         {"format": "tinyclip", "version": 1, "model": CLIPConfig, "provenance": Provenance (where it
                         knows), and what the writer adds}
     model.safetensors   the weights, under the names of model.py
-    preprocess.json     how it reads pictures (where it knows)
+    preprocess.json     how it reads pictures (where it knows; for transformers preprocessor_config.json says it)
     tokenizer.json      how it reads captions (where it knows); Hugging Face `tokenizers`
 
 `load` also reads directories of Hugging Face and open_clip, single checkpoint files in our names or in those of OpenAI,
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tinyclip.config import changes
 from tinyclip.formats import huggingface, open_clip, weights, zoo
 from tinyclip.formats.files import read_json, validated, whole, write_json
 from tinyclip.formats.open_clip import config_from_open_clip, from_open_clip, has_their_names
@@ -97,12 +98,14 @@ def write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
 def _load_directory(path: Path, device: str | torch.device) -> CLIP:
     if open_clip.is_theirs(path):
         return open_clip.from_open_clip_dir(path, device)
-    directory = path if (path / "config.json").is_file() else path / "model"
+    directory = path if (path / "config.json").is_file() else huggingface.clip_module(path) or path / "model"
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model (config.json) or a run (model/config.json), found neither")
     settings = read_json(directory / "config.json")
     if huggingface.is_theirs(settings):
         model = huggingface.from_huggingface_dir(directory, device)
+    elif "model_type" in settings:  # with code for transformers, and perhaps saved by it since
+        model = _load_ours_for_transformers(directory, device)
     else:
         model = _load_ours(directory, device)
     model.provenance = read_provenance(settings, str(directory / "config.json"))
@@ -124,6 +127,21 @@ def _load_ours(directory: Path, device: str | torch.device) -> CLIP:
     return model
 
 
+def _load_ours_for_transformers(directory: Path, device: str | torch.device) -> CLIP:
+    """Weights in our names; pictures and captions are read as transformers reads them with this directory."""
+    config = _as_config(directory / "config.json")
+    model = _fill(huggingface.read_weights(directory), config, str(directory), device)
+    model.preprocess = huggingface.read_preprocess(directory, config.image.image_size)
+    model.tokenizer = huggingface.read_tokenizer(directory, config.text)
+    if (file := directory / "preprocess.json").is_file():  # former exports have it too
+        ours = validated(Preprocess, read_json(file), str(file))
+        if model.preprocess not in (None, ours):
+            changed = changes(ours.model_dump(mode="json"), model.preprocess.model_dump(mode="json"))
+            raise ValueError(f"{file}: what transformers reads in this directory says otherwise: {changed}")
+        model.preprocess = ours
+    return model
+
+
 def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.device) -> CLIP:
     state = weights.read(path)
     if config is None:
@@ -134,8 +152,12 @@ def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.dev
         return from_release(state, config, where=str(path), device=device)
     if has_their_names(state):
         return from_open_clip(state, config, where=str(path), device=device)
+    return _fill(state, config, str(path), device)
+
+
+def _fill(state: Mapping[str, torch.Tensor], config: CLIPConfig, where: str, device: str | torch.device) -> CLIP:
     model = weights.on_meta(config)
-    weights.check(state, model.state_dict(), str(path))
+    weights.check(state, model.state_dict(), where)
     return weights.fill(model, state, device)
 
 

@@ -8,13 +8,14 @@ Shape legend: B pairs, D width, E embedding, L tokens, P patch side, S side of t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tokenizers
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from torch import Tensor
 
 from tinyclip.formats import weights
@@ -29,11 +30,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 HUB = "hf:"
+SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"  # or shards, which NAME.index.json names
+OTHER_WEIGHTS = ("tf_model.h5", "flax_model.msgpack")  # that transformers itself no longer reads
+OLDER_TOKENS = ("special_tokens_map.json", "added_tokens.json")  # now inside tokenizer_config.json
+SPECIAL = [  # fields of tokenizer_config.json that name tokens, beside those of start and end
+    *("unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "added_tokens"),
+]
 FILES = [  # what is fetched from the hub
-    *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("config.json", SAFETENSORS, "model-*-of-*.safetensors", f"{SAFETENSORS}.index.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", *OLDER_TOKENS),
     "preprocess.json",  # of a directory of ours
 ]
+PICKLE_FILES = [PICKLES, "pytorch_model-*-of-*.bin", f"{PICKLES}.index.json"]  # fetched where there is nothing better
+MODULES_FILE, CLIP_MODULE = "modules.json", "0_CLIPModel"  # of sentence-transformers, which has a CLIPModel inside
 RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 LEGACY_EOS = 2  # configs with this id mean that a text ends at its largest id, which is our rule
 PROBE = "A photo  of\n2 Cats -- don't you see?"  # upper case, white space, punctuation: read alike or not CLIP's
@@ -41,7 +52,11 @@ REMOTE_CODE = Path(__file__).with_name("modeling_tinyclip.py")
 REMOTE_CONFIG = {  # beside ours in config.json
     "model_type": "tinyclip",
     "architectures": ["TinyCLIPModel"],
-    "auto_map": {"AutoConfig": "modeling_tinyclip.TinyCLIPConfig", "AutoModel": "modeling_tinyclip.TinyCLIPModel"},
+    "auto_map": {
+        "AutoConfig": "modeling_tinyclip.TinyCLIPConfig",
+        "AutoModel": "modeling_tinyclip.TinyCLIPModel",
+        "AutoModelForZeroShotImageClassification": "modeling_tinyclip.TinyCLIPModel",
+    },
     "dtype": "float32",
 }
 
@@ -86,12 +101,19 @@ def _square(value: Any) -> Any:
     return sides.pop() if len(sides) == 1 else value
 
 
-def _shortest(value: Any) -> Any:
-    """The older way to write it: 224 -> {"shortest_edge": 224}."""
-    return {"shortest_edge": value} if isinstance(value, int) else value
+def _sides(value: Any) -> Any:
+    """The older way to write it: [height, width]."""
+    return dict(zip(("height", "width"), value, strict=True)) if isinstance(value, list) and len(value) == 2 else value
+
+
+def _thrice(value: Any) -> Any:
+    """One number for all three colours."""
+    return [value] * 3 if isinstance(value, int | float) else value
 
 
 Side = Annotated[int, BeforeValidator(_square)]
+Size = Annotated[int | dict[str, int], BeforeValidator(_sides)]
+PerColour = Annotated[tuple[float, float, float], BeforeValidator(_thrice)]
 
 
 class _Section(BaseModel):
@@ -128,23 +150,51 @@ class _Model(_Section):
     model_type: Literal["clip"]
     projection_dim: int = 512
     quantization_config: None = None
+    transformers_weights: None = None  # another file of weights
     vision_config: _Vision = _Vision()
     text_config: _Text = _Text()
 
 
 class _Processor(_Section):
-    """CLIPImageProcessor's settings. Those that a Literal holds have no counterpart in ours at any other value."""
+    """CLIPImageProcessor's settings. Those that a Literal holds have no counterpart in ours at any other value.
 
+    `do_convert_rgb` is not one: without it, pictures that are not RGB fail there.
+    """
+
+    image_processor_type: Literal["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"]
     do_resize: Literal[True] = True
-    size: Annotated[dict[str, int], BeforeValidator(_shortest)] = {"shortest_edge": 224}
-    do_center_crop: bool = True
-    crop_size: Side = 224
+    size: Size = {"shortest_edge": 224}
+    default_to_square: StrictBool | None = False  # what a size of one number means
+    use_square_size: Literal[False, None] = False
+    do_center_crop: StrictBool = True
+    crop_size: Size = {"height": 224, "width": 224}
     resample: Literal[2, 3] = 3  # PIL's numbers, see RESAMPLE
-    do_rescale: Literal[True] = True
-    rescale_factor: float = Field(1 / 255, ge=0.00392156, le=0.00392157)
-    do_normalize: Literal[True] = True
-    image_mean: tuple[float, float, float] = OPENAI_MEAN
-    image_std: tuple[float, float, float] = OPENAI_STD
+    do_rescale: StrictBool = True
+    rescale_factor: float = Field(1 / 255, gt=0)
+    do_normalize: StrictBool = True
+    image_mean: PerColour = OPENAI_MEAN
+    image_std: PerColour = OPENAI_STD
+    do_pad: Literal[False, None] = False
+
+
+class _TokenizerSettings(_Section):
+    """The fields of tokenizer_config.json that change ids."""
+
+    tokenizer_class: Literal[
+        "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None
+    ] = "CLIPTokenizer"
+    padding_side: Literal["right"] = "right"
+    truncation_side: Literal["right"] = "right"
+    model_max_length: float | None = Field(None, validation_alias=AliasChoices("model_max_length", "max_len"))
+
+
+class _Module(_Section):
+    path: str
+    type: str
+
+
+class _Modules(_Section):
+    modules: list[_Module] = Field(min_length=1)
 
 
 class _Index(_Section):
@@ -160,8 +210,14 @@ def fetch(name: str | Path) -> Path:
     """The directory of `hf:ORGANISATION/NAME`, downloaded or from the hub's cache. Raises ValueError, one line."""
     from huggingface_hub import snapshot_download
 
+    def download(*patterns: str) -> Path:
+        inside = [f"{CLIP_MODULE}/{pattern}" for pattern in patterns]
+        patterns = (*patterns, *inside, MODULES_FILE)
+        return Path(snapshot_download(str(name).removeprefix(HUB), allow_patterns=list(patterns)))
+
     try:
-        return Path(snapshot_download(str(name).removeprefix(HUB), allow_patterns=FILES))
+        directory = download(*FILES)
+        return directory if any(directory.glob("**/*.safetensors")) else download(*FILES, *PICKLE_FILES)
     except Exception as error:  # no network, no such model, no access, no such name
         raise ValueError(f"{name}: the Hugging Face hub does not give it: {weights.first_line(error)}") from None
 
@@ -172,10 +228,29 @@ def from_huggingface_dir(directory: Path, device: str | torch.device = "cpu") ->
     Raises FileNotFoundError, or ValueError for what is damaged, does not fit, or has no counterpart here.
     """
     config = config_from_huggingface(read_json(directory / "config.json"), where=str(directory / "config.json"))
-    model = from_huggingface(_read_weights(directory), config, where=str(directory), device=device)
-    model.preprocess = _read_preprocess(directory, config.image.image_size)
+    model = from_huggingface(read_weights(directory), config, where=str(directory), device=device)
+    model.preprocess = read_preprocess(directory, config.image.image_size)
     model.tokenizer = read_tokenizer(directory, config.text)
     return model
+
+
+def clip_module(directory: Path) -> Path | None:
+    """The CLIPModel inside a directory of sentence-transformers; None where it is not one.
+
+    Raises ValueError where other modules work on its features.
+    """
+    file = directory / MODULES_FILE
+    if not file.is_file():
+        return None
+    try:
+        modules = _Modules.model_validate_json(b'{"modules": ' + file.read_bytes() + b"}").modules
+    except ValueError:
+        raise ValueError(f"{file}: expected a list of modules, each with a path and a type") from None
+    first, *others = (module.type.rpartition(".")[2] for module in modules)
+    if first != "CLIPModel" or any(kind != "Normalize" for kind in others) or modules[0].path != CLIP_MODULE:
+        got = ", ".join(f"{module.type} in {module.path!r}" for module in modules)
+        raise ValueError(f"{file}: expected a CLIPModel in {CLIP_MODULE!r} alone, got {got:.200}")
+    return directory / CLIP_MODULE
 
 
 def config_from_huggingface(settings: Mapping[str, Any], where: str = "config") -> CLIPConfig:
@@ -302,41 +377,62 @@ def _their_names(ours: str) -> list[str]:
     return [theirs.replace("[qkv]", part) for part in "qkv"] if "[qkv]" in theirs else [theirs]
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """model.safetensors, or the shards that its index names."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return weights.read(directory / "model.safetensors")
-    shards = set(validated(_Index, read_json(index), str(index)).weight_map.values())
-    if away := sorted(shard for shard in shards if Path(shard).name != shard):
-        raise ValueError(f"{index}: expected the names of files beside it, got {away[0]!r}")
-    return {name: tensor for shard in sorted(shards) for name, tensor in weights.read(directory / shard).items()}
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """What transformers reads: safetensors before pickles, and of each one file before shards that an index names."""
+    for name in (SAFETENSORS, PICKLES):
+        if (directory / name).is_file():
+            return weights.read(directory / name)
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            shards = set(validated(_Index, read_json(index), str(index)).weight_map.values())
+            if away := sorted(shard for shard in shards if Path(shard).name != shard):
+                raise ValueError(f"{index}: expected the names of files beside it, got {away[0]!r}")
+            states = [weights.read(directory / shard) for shard in sorted(shards)]
+            return {name: tensor for state in states for name, tensor in state.items()}
+    other = [f"; {name} is not read" for name in OTHER_WEIGHTS if (directory / name).is_file()]
+    raise FileNotFoundError(
+        f"{directory / SAFETENSORS}: expected a checkpoint file, found none; nor {PICKLES}, nor an index of shards"
+        + "".join(other)
+    )
 
 
-def _read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
-    """None where the directory does not say. Raises ValueError for another size than the model's, or other steps."""
-    file = directory / "preprocessor_config.json"
-    if file.is_file():
+def read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
+    """How transformers reads pictures with a directory; None where it does not say.
+
+    As there, the image processor inside processor_config.json comes before preprocessor_config.json. Raises ValueError
+    for another size than the model's, or other steps.
+    """
+    file = directory / "processor_config.json"
+    settings = read_json(file).get("image_processor") if file.is_file() else None
+    if settings is None:
+        file = directory / "preprocessor_config.json"
+        if not file.is_file():
+            return None
         settings = read_json(file)
-    elif (file := directory / "processor_config.json").is_file():
-        settings = read_json(file).get("image_processor")
-    else:
-        return None
+    if isinstance(settings, dict) and settings.get("image_processor_type") is None:
+        older = str(settings.get("feature_extractor_type") or "CLIPFeatureExtractor")
+        settings = {**settings, "image_processor_type": older.replace("FeatureExtractor", "ImageProcessor")}
     found = validated(_Processor, settings, str(file))
     square, shortest = {"height": image_size, "width": image_size}, {"shortest_edge": image_size}
-    is_square = found.size == square or (found.size == shortest and found.do_center_crop)
-    if not is_square or (found.do_center_crop and found.crop_size != image_size):
-        crop = found.crop_size if found.do_center_crop else "none"
+    size, crop = found.size, found.crop_size if found.do_center_crop else None
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if found.default_to_square else {"shortest_edge": size}
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if (size, crop) not in ((square, None), (square, square), (shortest, square)):
         raise ValueError(
-            f"{file}: expected the shortest edge or both resized to {image_size}, and no smaller crop; "
-            f"got size {found.size}, crop {crop}"
+            f"{file}: size, crop_size: expected the shortest edge or both resized to {image_size}, and no smaller "
+            f"crop; got size {size}, crop {crop or 'none'}"
         )
+    mean, std = (found.image_mean, found.image_std) if found.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    largest = 255 * found.rescale_factor if found.do_rescale else 255.0  # what a white pixel is before it is normalised
+    if not math.isclose(largest, 1, rel_tol=1e-6):
+        mean, std = (tuple(value / largest for value in values) for values in (mean, std))
     ours = {
         "size": image_size,
-        "mean": found.image_mean,
-        "std": found.image_std,
+        "mean": mean,
+        "std": std,
         "interpolation": RESAMPLE[found.resample],
-        "resize": "squash" if found.size == square else "shortest",
+        "resize": "squash" if size == square else "shortest",
     }
     return validated(Preprocess, ours, str(file))
 
@@ -344,11 +440,12 @@ def _read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
 def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
     """None where the directory has none. Raises ValueError for one that is not CLIP's byte pair encoding."""
     file, vocab_file, merges_file = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    theirs = None
+    theirs, added = None, []
     try:
         if file.is_file():
             theirs = tokenizers.Tokenizer.from_file(str(file))
-            vocab, merges = theirs.get_vocab(), json.loads(theirs.to_str())["model"]["merges"]
+            settings = json.loads(theirs.to_str())
+            vocab, merges, added = theirs.get_vocab(), settings["model"]["merges"], settings["added_tokens"]
         elif vocab_file.is_file() and merges_file.is_file():
             file = vocab_file
             vocab, merges = tokenizers.models.BPE.read_file(str(vocab_file), str(merges_file))
@@ -363,12 +460,49 @@ def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
             f"{file}: not CLIP's byte pair encoding: expected {config.vocab_size} tokens, 512 bytes, the merges, start "
             f"and end; got {len(tokens)} tokens, or in another order"
         )
+    _check_special({"added_tokens": added}, tokens, file)
+    _check_settings(directory, config, tokens)
     if theirs is not None:
         theirs.no_padding()
         theirs.enable_truncation(config.context_length)
         if (got := theirs.encode(PROBE).ids) != (expected := tokenizer.encode([PROBE])[0]):
             raise ValueError(f"{file}: does not read texts as CLIP: expected {expected} for {PROBE!r}, got {got}")
     return tokenizer
+
+
+def _check_settings(directory: Path, config: TextConfig, tokens: list[str]) -> None:
+    """Raises ValueError for settings at which transformers gives a text other ids than its vocabulary says."""
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    found = validated(_TokenizerSettings, settings, str(file))
+    if found.model_max_length is not None and found.model_max_length < config.context_length:
+        raise ValueError(
+            f"{file}: model_max_length: expected the context length, {config.context_length}, or more; "
+            f"got {found.model_max_length:g}"
+        )
+    _check_special(settings, tokens, file)
+    if "added_tokens_decoder" not in settings:
+        special, added = (directory / name for name in OLDER_TOKENS)
+        _check_special(read_json(special) if special.is_file() else {}, tokens, special)
+        _check_special({"added_tokens": list(read_json(added)) if added.is_file() else []}, tokens, added)
+
+
+def _check_special(settings: Mapping[str, Any], tokens: list[str], file: Path) -> None:
+    """Raises ValueError where another token than start and end is special: it would be looked for in texts."""
+    start, end = tokens[-2:]
+    for name, expected in {"bos_token": (start,), "eos_token": (end,), **dict.fromkeys(SPECIAL, (start, end))}.items():
+        for token in _contents(settings.get(name)):
+            if token not in expected:
+                raise ValueError(f"{file}: {name}: expected {' or '.join(map(repr, expected))}, got {token!r:.80}")
+
+
+def _contents(token: Any) -> list[Any]:
+    """The texts of a token, and of a list or a mapping of tokens."""
+    if isinstance(token, Mapping):
+        return [token["content"]] if "content" in token else _contents(list(token.values()))
+    if isinstance(token, list):
+        return [content for one in token for content in _contents(one)]
+    return [] if token is None else [token]
 
 
 def to_huggingface_dir(model: CLIP, directory: Path) -> None:
@@ -424,12 +558,12 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 @torch.no_grad()
 def stock_features(
     directory: Path, pictures: Sequence[Image.Image], captions: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What transformers makes of a directory: normalised pixels [B, 3, S, S], unit image and text features [B, E]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What transformers makes of a directory: pixels [B, 3, S, S], unit features [B, E] of both, logits [B, B]."""
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
     inputs = processor(images=pictures, text=captions, padding=True, truncation=True, return_tensors="pt")
     output = model(**inputs)
-    return inputs["pixel_values"], output.image_embeds, output.text_embeds
+    return inputs["pixel_values"], output.image_embeds, output.text_embeds, output.logits_per_image

@@ -226,7 +226,20 @@ class TinyCLIPModel(PreTrainedModel):
         hidden, features = self.text(input_ids)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=features)
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor, return_loss: bool = False, **kwargs: Any) -> CLIPOutput:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        return_loss: bool = False,
+        **kwargs: Any,
+    ) -> CLIPOutput | BaseModelOutputWithPooling:
+        """Logits of texts and images; of one of the two alone, what its own method above gives."""
+        if pixel_values is None:
+            if input_ids is None:
+                raise ValueError("expected input_ids, pixel_values or both, got neither")
+            return self.get_text_features(input_ids)
+        if input_ids is None:
+            return self.get_image_features(pixel_values)
         image: Any = self.get_image_features(pixel_values)
         text: Any = self.get_text_features(input_ids)
         image_BE, text_BE = (F.normalize(output.pooler_output, dim=-1) for output in (image, text))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMAT, VERSION = "tinyclip-onnx", 1
-OPSET = 18  # what torch's exporter writes without converting
+OPSET = 18  # what torch's exporter writes without converting, and the least that it can write
 TOLERANCE = 1e-4  # between unit embeddings, fp32
 MAX_INSIDE = 2_000_000_000  # bytes of weights in one graph file
 NUM_PROBES = 4  # pictures with their captions
@@ -67,11 +67,12 @@ def to_onnx(
 ) -> Path:
     """Write the graphs into a new or empty directory, run them beside the model, and return the directory.
 
-    `ids` is the type of token ids that text.onnx takes. The probes are pictures and captions where the model reads
-    those, else noise. Raises ValueError where fp32 graphs differ by more than 1e-4, or a library is missing, and
-    FileExistsError where something is in the way; then nothing is left behind. int8 graphs do differ: what is said is
-    by how much.
+    `opset` is 18 or more, as far as the installed torch writes; `ids` the type of token ids that text.onnx takes. The
+    probes are pictures and captions where the model reads those, else noise. Raises ValueError for an option that
+    cannot be obeyed, where fp32 graphs differ by more than 1e-4, or a library is missing, and FileExistsError where
+    something is in the way; then nothing is left behind. int8 graphs do differ: what is said is by how much.
     """
+    _check_options(opset, quantize, ids)
     directory = Path(directory).absolute()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(f"{directory}: expected a new or empty directory to export to")
@@ -97,14 +98,12 @@ def write(
 ) -> None:
     """The files of a model, into a directory that is there."""
     check_installed()
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize: expected int8 or nothing, got {quantize!r}")
-    if ids not in ("int64", "int32"):
-        raise ValueError(f"ids: expected int64 or int32, got {ids!r}")
+    _check_options(opset, quantize, ids)
     if quantize == "int8":
         with TemporaryDirectory(dir=directory) as exact:
             write(model, Path(exact), opset=opset, ids=ids)
             quantise(Path(exact), directory)
+        _check_opset(directory, opset)
         return
     model = deepcopy(model).cpu().float().eval()
     image, text = model.config.image, model.config.text
@@ -113,6 +112,7 @@ def write(
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=text.context_length)
     _trace(model.image, directory / "image.onnx", pixels, {"pixels": {0: batch}}, "image", opset)
     _trace(model.text, directory / "text.onnx", tokens_BL, {"ids": {0: batch, 1: length}}, "text", opset)
+    _check_opset(directory, opset)
     write_json(directory / "onnx.json", _description(model, opset, ids))
     if model.tokenizer is not None:
         model.tokenizer.save(directory / "tokenizer.json")
@@ -159,13 +159,14 @@ def difference(model: CLIP, directory: Path) -> Difference:
 
 def features(
     directory: Path, pictures: Sequence[Image.Image], captions: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised pixels, unit image and unit text embeddings [B, E] of what stands in the directory alone."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels, unit embeddings [B, E] of both and logits [B, B], of what stands in the directory alone."""
     settings = read_json(directory / "onnx.json")
     preprocess = validated(Preprocess, settings.get("preprocess"), f"{directory / 'onnx.json'}: preprocess")
     pixels = preprocess.normalise(torch.stack([preprocess(picture) for picture in pictures]))
     tokens_BL = Tokenizer.load(directory / "tokenizer.json")(list(captions))
-    return pixels, *_runner(directory)(pixels, tokens_BL)
+    image_BE, text_BE = _runner(directory)(pixels, tokens_BL)
+    return pixels, image_BE, text_BE, settings["scale"] * image_BE @ text_BE.T
 
 
 def check_installed() -> None:
@@ -173,6 +174,26 @@ def check_installed() -> None:
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX graphs need {', '.join(missing)}: {EXTRA}")
+
+
+def _check_options(opset: int, quantize: str | None, ids: str) -> None:
+    if type(opset) is not int or opset < OPSET:
+        raise ValueError(f"opset: expected {OPSET} or more, the least that torch's exporter writes, got {opset!r}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize: expected int8 or nothing, got {quantize!r}")
+    if ids not in ("int64", "int32"):
+        raise ValueError(f"ids: expected int64 or int32, got {ids!r}")
+
+
+def _check_opset(directory: Path, opset: int) -> None:
+    """Raises ValueError where graphs have another opset: an exporter that cannot convert to one logs that alone."""
+    import onnx
+
+    for name in ("image.onnx", "text.onnx"):
+        graph = onnx.load(directory / name, load_external_data=False)
+        [got] = [entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")]
+        if got != opset:
+            raise ValueError(f"opset: the installed torch cannot write {opset}; {name} got {got}; expected another")
 
 
 class UnitTower(nn.Module):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from tinyclip.formats import huggingface, weights
-from tinyclip.formats.files import read_json, write_json
+from tinyclip.formats.files import read_json, validated, write_json
 from tinyclip.formats.provenance import entry, read_provenance
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
@@ -87,13 +87,11 @@ ORDINARY = {"pos_embed_type": "learnable", "proj_type": "linear", "block_type": 
 
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"  # of a local-dir
+OTHER_WEIGHTS_FILES = [  # in the order in which open_clip looks for them; after these, any other
+    *(f"open_clip_pytorch_model.{ending}" for ending in ("safetensors", "bin", "pth")),
+    *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+]
 TOKENIZER_FILE = "tokenizer.json"
-PREPROCESS_CFG = {  # open_clip's defaults
-    "mean": OPENAI_MEAN,
-    "std": OPENAI_STD,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
 
 
 class TeachOnly(ValueError):
@@ -143,6 +141,23 @@ class _Model(_Section):
     text_cfg: _Text
 
 
+def _thrice(value: Any) -> Any:
+    """One number for all three colours."""
+    return [value] * 3 if isinstance(value, int | float) else value
+
+
+PerColour = Annotated[tuple[float, float, float], BeforeValidator(_thrice)]
+
+
+class _PreprocessCfg(_Section):
+    size: Annotated[int, BeforeValidator(_side)]
+    mode: Literal["RGB"] = "RGB"
+    mean: PerColour = OPENAI_MEAN
+    std: PerColour = OPENAI_STD
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # "random" is for training: else bicubic
+    resize_mode: Literal["shortest", "squash"] = "shortest"  # "longest" leaves borders, of `fill_color`
+
+
 def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     """Raises TeachOnly, naming the field, where our towers lack something or a value is not one."""
     try:
@@ -151,12 +166,14 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
         _refuse_others(model, "")
         _refuse_others(vision, "vision_cfg.")
         _refuse_others(text, "text_cfg.")
-        if vision.norm_kwargs != text.norm_kwargs:
-            raise TeachOnly(f"open_clip's norm_kwargs: expected one for both towers, got {vision.norm_kwargs}")
+        norm, is_resnet = text.norm_kwargs or {}, isinstance(vision.layers, tuple)
+        if not is_resnet and (vision.norm_kwargs or {}) != norm:  # open_clip's ResNets have no LayerNorm
+            got = f"{vision.norm_kwargs} and {text.norm_kwargs}"
+            raise TeachOnly(f"open_clip's norm_kwargs: expected one for both towers, got {got}")
         return CLIPConfig(
             embed_dim=model.embed_dim,
             activation="quick_gelu" if model.quick_gelu else "gelu",
-            **({"norm_eps": vision.norm_kwargs["eps"]} if vision.norm_kwargs else {}),
+            **({"norm_eps": norm["eps"]} if norm else {}),
             image=_image(vision),
             text=TextConfig(
                 **_tower("text_cfg", text, text.heads), context_length=text.context_length, vocab_size=text.vocab_size
@@ -393,15 +410,20 @@ def from_open_clip_dir(directory: Path, device: str | torch.device = "cpu") -> C
     model_cfg, where = settings.get("model_cfg"), f"{directory / CONFIG_FILE}"
     if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("text_cfg"), dict):
         raise ValueError(f"{where}: expected model_cfg with a text_cfg")
-    own_vocabulary = model_cfg["text_cfg"].get("hf_tokenizer_name") == TOKENIZER_FILE
+    own_vocabulary = bool(model_cfg["text_cfg"].get("hf_tokenizer_name"))  # whatever the name, it is in the directory
     if own_vocabulary:
         text_cfg = {name: value for name, value in model_cfg["text_cfg"].items() if name != "hf_tokenizer_name"}
         model_cfg = {**model_cfg, "text_cfg": text_cfg}
-    config = config_from_open_clip(model_cfg)
-    model = from_open_clip(weights.read(directory / WEIGHTS_FILE), config, where=where, device=device)
-    preprocess_cfg = settings.get("preprocess_cfg")
-    if isinstance(preprocess_cfg, dict):
-        model.preprocess = _preprocess({**PREPROCESS_CFG, **preprocess_cfg, "size": config.image.image_size}, where)
+    try:
+        config = config_from_open_clip(model_cfg)
+    except TeachOnly as error:
+        raise TeachOnly(f"{where}: {error}") from None
+    file = _weights_file(directory)
+    model = from_open_clip(weights.read(file), config, where=str(file), device=device)
+    preprocess_cfg = settings.get("preprocess_cfg") or {}
+    if not isinstance(preprocess_cfg, dict):
+        raise ValueError(f"{where}: preprocess_cfg: expected an object, got {type(preprocess_cfg).__name__}")
+    model.preprocess = _preprocess({**preprocess_cfg, "size": config.image.image_size}, where)
     if own_vocabulary:
         model.tokenizer = huggingface.read_tokenizer(directory, config.text)
     elif config.text.vocab_size == len(Tokenizer.openai(config.text.context_length).tokens):
@@ -410,11 +432,19 @@ def from_open_clip_dir(directory: Path, device: str | torch.device = "cpu") -> C
     return model
 
 
+def _weights_file(directory: Path) -> Path:
+    """The file that open_clip would take: by name, else the first of any name, safetensors before the others."""
+    named = [directory / name for name in (WEIGHTS_FILE, *OTHER_WEIGHTS_FILES)]
+    other = (path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
+    other = sorted(other, key=lambda path: (path.suffix != ".safetensors", path))
+    return next((path for path in [*named, *other] if path.is_file()), named[0])
+
+
 @torch.no_grad()
 def stock_features(
     directory: Path, pictures: Sequence[Image.Image], captions: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What open_clip makes of a directory: normalised pixels [B, 3, S, S], unit image and text features [B, E]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What open_clip makes of a directory: pixels [B, 3, S, S], unit features [B, E] of both, logits [B, B]."""
     import open_clip
 
     name = f"local-dir:{directory}"
@@ -423,7 +453,8 @@ def stock_features(
     pixels_BCHW = torch.stack([transform(picture) for picture in pictures])
     tokens_BL = open_clip.get_tokenizer(name)(list(captions))
     model.eval()
-    return pixels_BCHW, model.encode_image(pixels_BCHW, normalize=True), model.encode_text(tokens_BL, normalize=True)
+    image_BE, text_BE = model.encode_image(pixels_BCHW, normalize=True), model.encode_text(tokens_BL, normalize=True)
+    return pixels_BCHW, image_BE, text_BE, model.get_logits(pixels_BCHW, tokens_BL)[0]
 
 
 def _check_choice(architecture: str, weights_from: str) -> None:
@@ -451,16 +482,17 @@ def _check_choice(architecture: str, weights_from: str) -> None:
         )
 
 
-def _preprocess(cfg: Mapping[str, Any], name: str) -> Preprocess:
-    """Raises ValueError for pictures that are not square or have borders."""
-    if not isinstance(_side(cfg["size"]), int) or cfg["resize_mode"] == "longest":
-        raise ValueError(
-            f"{name}: expected square pictures without borders, got size {cfg['size']}, resize {cfg['resize_mode']!r}"
-        )
-    return Preprocess(
-        size=_side(cfg["size"]),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation="bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",  # "random" is for training
-        resize=cfg["resize_mode"],
-    )
+def _preprocess(cfg: Mapping[str, Any], where: str) -> Preprocess:
+    """What is false or null there is a default. Raises ValueError for pictures that are not square or have borders."""
+    size, resize = cfg["size"], cfg.get("resize_mode")
+    if not isinstance(_side(size), int) or resize == "longest":
+        raise ValueError(f"{where}: expected square pictures without borders, got size {size}, resize {resize!r}")
+    found = validated(_PreprocessCfg, {name: value for name, value in cfg.items() if value}, f"{where}: preprocess_cfg")
+    ours = {
+        "size": found.size,
+        "mean": found.mean,
+        "std": found.std,
+        "interpolation": "bilinear" if found.interpolation == "bilinear" else "bicubic",
+        "resize": found.resize_mode,
+    }
+    return validated(Preprocess, ours, f"{where}: preprocess_cfg")

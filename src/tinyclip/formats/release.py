@@ -22,6 +22,7 @@ from tinyclip.formats.open_clip import from_open_clip
 from tinyclip.formats.uniform import is_uniform
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TowerConfig
 
+AUTOMATIC = "_without_ddp."  # in the names of a file that is pruned, or straight from the trainer
 WRAPPER = re.compile(r"^_?(image_encoder|text_encoder|logit_scale)(_without_ddp)?\.(module\.)*")
 
 
@@ -42,7 +43,10 @@ def from_release(
     key fits.
     """
     state = plain(state_dict, where)
-    return from_open_clip(state, pruned(config, state, where), where=where, device=device)
+    sizes = pruned(config, state, where)
+    if is_uniform(sizes) and not any(AUTOMATIC in name for name in state_dict):
+        sizes = config  # a manual file was never pruned: where another config does not fit, the weights are named
+    return from_open_clip(state, sizes, where=where, device=device)
 
 
 def plain(state_dict: Mapping[str, Tensor], where: str = "state_dict") -> dict[str, Tensor]:
@@ -58,15 +62,13 @@ def plain(state_dict: Mapping[str, Tensor], where: str = "state_dict") -> dict[s
 def pruned(dense: CLIPConfig, state: Mapping[str, Tensor], where: str = "state_dict") -> CLIPConfig:
     """The dense config with the widths, heads and neurons that the shapes say.
 
-    A uniform file was never pruned, and the config is returned as it is.
     Raises ValueError for shapes that pruning cannot leave.
     """
     image = dense.image
     if isinstance(image, ImageConfig):  # no ResNet was pruned
         image = _pruned_tower(image, state, "visual.transformer.resblocks", "visual.ln_post.weight", where)
     text = _pruned_tower(dense.text, state, "transformer.resblocks", "ln_final.weight", where)
-    config = dense.model_copy(update={"image": image, "text": text})
-    return dense if is_uniform(config) else config
+    return dense.model_copy(update={"image": image, "text": text})
 
 
 def _pruned_tower(
