@@ -188,9 +188,11 @@ class Gates(NamedTuple):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm; with a width gate, over the open channels only. In the closed ones, input and output are 0.
 
-    With a share s of the channels open, the mean of those is the mean of all / s. Centred by it and multiplied by
-    1 / sqrt(s), the input has mean 0 and the open channels' variance over all channels, which a common LayerNorm then
-    divides by. So there is no index_select and no host sync, and it equals LayerNorm of the cut model.
+    Of D channels n are open. Put the closed ones at the mean of the open ones, and the open ones sqrt(D / n) times as
+    far from it: mean and variance over all channels are then those of the open ones, for a common LayerNorm to take.
+    So there is no index_select and no host sync, and it equals LayerNorm of the cut model. The mean is taken twice,
+    the second time of what the first left: rows of nearly equal values lose no digits, and one open channel gives its
+    bias exactly. A shift changes nothing in the result, so the first mean needs no gradient.
     """
 
     def forward(self, input: Tensor, width_D: Tensor | None = None) -> Tensor:
@@ -198,10 +200,12 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         open_D = (width_D > 0).to(x.dtype)
-        share = open_D.mean().clamp(min=1 / len(open_D))
-        centred = torch.addcmul(x, open_D, x.mean(-1, keepdim=True) / share, value=-1)
-        weight_D, bias_D = self.weight * share.sqrt(), self.bias * open_D
-        return F.layer_norm(centred * share.rsqrt(), self.normalized_shape, weight_D, bias_D, self.eps).to(input.dtype)
+        num_open = open_D.sum().clamp(min=1)
+        stretch = (len(open_D) / num_open).sqrt()
+        x = torch.addcmul(x, open_D, x.detach().sum(-1, keepdim=True) / num_open, value=-1)
+        x = torch.lerp(x.sum(-1, keepdim=True) / num_open, x, open_D * stretch)
+        weight_D, bias_D = self.weight * (open_D / stretch), self.bias * open_D
+        return F.layer_norm(x, self.normalized_shape, weight_D, bias_D, self.eps).to(input.dtype)
 
 
 class Linear(nn.Linear):

@@ -3,8 +3,19 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tinyclip.model import CLIP, BlockConfig, CLIPConfig, Gates, ImageConfig, TextConfig, TowerGates, initialise
+from tinyclip.model import (
+    CLIP,
+    BlockConfig,
+    CLIPConfig,
+    Gates,
+    ImageConfig,
+    LayerNorm,
+    TextConfig,
+    TowerGates,
+    initialise,
+)
 from tinyclip.shrink.keep import Keep, TowerKeep, take
 from tinyclip.shrink.masks import fold
 
@@ -92,6 +103,92 @@ def test_the_cut_model_equals_the_gated_model(activation, closed, seed):
     assert_same_features(cut(pixels, tokens), model(pixels, tokens, gates))
     if closed == 1.0:
         assert cut.config.image.width == 1 and all(b.heads == b.ffn == 0 for b in cut.config.text.blocks)
+
+
+@pytest.mark.parametrize("num_open", [1, 2, 3, 511, 768])
+def test_a_gated_layernorm_is_that_of_the_open_channels_also_where_their_values_are_equal_or_nearly_so(num_open):
+    torch.manual_seed(0)
+    norm, cut = LayerNorm(768), LayerNorm(num_open)
+    kept = torch.randperm(768)[:num_open].sort().values
+    gate_D = torch.zeros(768).index_fill(0, kept, 1e-30)  # how far a gate is open is not the norm's business
+    with torch.no_grad():
+        for weight, of_all in ((cut.weight, norm.weight), (cut.bias, norm.bias)):
+            of_all.normal_(mean=1)
+            weight.copy_(of_all[kept])
+    spread = torch.randn(4, num_open)
+    for rows in (spread, 37 + spread, torch.full((4, num_open), 37.0), torch.full((4, num_open), 1e4)):
+        x = torch.zeros(4, 768).index_copy(1, kept, rows)
+        y = norm(x, gate_D)
+        torch.testing.assert_close(y[:, kept], cut(rows), rtol=0, atol=3e-5 if rows[0, 0] > 30 else 3e-6)
+        assert not y[:, gate_D == 0].any()
+        if (rows == rows[0, 0]).all():
+            assert torch.equal(y[:, kept], cut.bias.expand(4, -1))
+    near = 37 + 1e-4 * spread  # in fp32 the plain norm itself keeps few digits of this: fp64 is the judge
+    exact = F.layer_norm(near.double(), [num_open], cut.weight.double(), cut.bias.double(), cut.eps)
+    got = norm(torch.zeros(4, 768).index_copy(1, kept, near), gate_D)[:, kept]
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_of_a_gated_layernorm_is_that_of_the_cut_one():
+    torch.manual_seed(0)
+    norm, kept = LayerNorm(9).double(), torch.tensor([1, 2, 4, 8])
+    norm.weight.data.normal_()
+    rows, wanted = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((y * wanted).sum(), [rows, norm.weight, norm.bias]))
+
+    x = torch.zeros(5, 9, dtype=torch.float64).index_copy(1, kept, rows)
+    gate_D = torch.zeros(9, dtype=torch.float64).index_fill(0, kept, 0.3)
+    cut = F.layer_norm(rows, [4], norm.weight[kept], norm.bias[kept], norm.eps)
+    for ours, expected in zip(gradients(norm(x, gate_D)[:, kept]), gradients(cut), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+
+
+EDGES = {  # channels, heads of each block, neurons of each block, value of an open gate
+    "one channel": (1, 4, 16, 1.0),
+    "one head": (7, 1, 16, 1.0),
+    "one neuron": (7, 4, 1, 1.0),
+    "one of each": (1, 1, 1, 1.0),
+    "one channel, and nothing in the blocks": (1, 0, 0, 1.0),
+    "everything": (7, 4, 16, 1.0),
+    "gates that are hardly open": (5, 2, 3, 1e-20),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alike", [False, True])  # whether the channels of a token all have the same value
+@pytest.mark.parametrize("edge", EDGES)
+def test_in_fp32_too_the_cut_model_equals_the_gated_one_at_the_edge_of_every_range(edge, alike):
+    """One pair, in one block, of one-token texts: nothing averages a loss of digits away."""
+    channels, heads, neurons, value = EDGES[edge]
+    blocks = (BlockConfig(heads=4, ffn=16),)
+    config = CLIPConfig(
+        embed_dim=3,
+        image=ImageConfig(width=7, head_dim=2, blocks=blocks, image_size=4, patch_size=4),
+        text=TextConfig(width=7, head_dim=2, blocks=blocks, context_length=3, vocab_size=5),
+    )
+    model = initialise(CLIP(config), torch.Generator().manual_seed(0)).eval()
+    for name, weight in model.named_parameters():
+        if alike and name.endswith(("class_embedding", "patch.weight", "token_embedding.weight")):
+            weight.zero_()
+        elif name.startswith("text.") and name.endswith(("position", "token_embedding.weight")):
+            weight *= 20  # as large as the biases
+        elif name.endswith("bias"):
+            weight += 0.25
+    if alike:
+        model.image.position.fill_(3.7)
+        model.text.position.fill_(3.7)
+
+    def gate(size: int, num_open: int) -> Tensor:
+        return torch.arange(size).lt(num_open).flip(0) * value
+
+    tower = TowerGates(gate(7, channels), (gate(4, heads),), (gate(16, neurons),))
+    gates = Gates(tower, tower)
+    cut = take(fold(model, gates), Keep.open_gates(config, gates))
+    pixels = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    for tokens in (torch.tensor([[4]]), torch.tensor([[3, 4, 0]])):
+        assert_same_features(cut(pixels, tokens), model(pixels, tokens, gates), atol=1e-6)
 
 
 def test_two_cuts_equal_one():
