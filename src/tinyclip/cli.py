@@ -155,7 +155,7 @@ def evaluate(
     )
     prepare_cpu()
     loaded = load_teacher(model).to(pick_device(device))
-    scores = evaluate_model(loaded, wanted, batch_size=batch_size, workers=workers)
+    scores = evaluate_model(loaded, wanted, batch_size=batch_size, workers=workers, say=_say)
     results: dict[str, Any] = {}
     if suite is not None:
         results = run_suite(loaded, suite, data_root, probe=probe, batch_size=batch_size, workers=workers, say=_say)

@@ -93,7 +93,7 @@ def run_stage(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, *, see
             evaluate=lambda model: evaluate(model, recipe.evaluation),
             world=world,
         )
-        scores = world.on_main(evaluate, student, recipe.evaluation)
+        scores = world.on_main(evaluate, student, recipe.evaluation, say=setup.say)
         result = world.on_main(run.complete, stage_dir, student, outcome, scores)
     setup.say(f"{stage_dir.name}: {run.summary(result)}")
     return student

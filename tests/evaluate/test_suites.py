@@ -355,12 +355,12 @@ def test_answers_are_kept_image_by_image(colours):
     source = Pictures(("red", [], ("red",)), (None, [], ("red",)), ("green", [], ("blue",)), ("blue", [], ("blue",)))
     said = answers(colours, labelled_set("toy", source, ["{}"]), batch_size=2)
     assert said.item_I.tolist() == [0, 2, 3] and said.label_I.tolist() == [1, 0, 0]
-    assert said.predicted_I.tolist() == [1, 1, 0]  # green is as similar to red as to blue: the wrong one is predicted
-    assert said.rank_I.tolist() == [1, 2, 1]
+    assert said.predicted_I.tolist() == [1, 0, 0]  # green is as similar to red as to blue: the first is predicted
+    assert said.rank_I.tolist() == [1, 1, 1]
     similarity = said.image_IE.double() @ said.class_CE.double().T
     torch.testing.assert_close(said.confidence_I, (10 * similarity).softmax(-1).amax(-1))
     scores = answer_scores(said)
-    assert (scores["top1"], scores["mean_per_class"], scores["n"], scores["classes"]) == (2 / 3, 3 / 4, 3, 2)
+    assert (scores["top1"], scores["mean_per_class"], scores["n"], scores["classes"]) == (1, 1, 3, 2)
 
 
 def test_areas_under_the_curve_by_eye():

@@ -47,7 +47,7 @@ from tinyclip.evaluate.drift import (
     rank_biased_overlap,
     reliability,
 )
-from tinyclip.evaluate.embed import embed_images, embed_texts, own_ranks, texts_of, top_k
+from tinyclip.evaluate.embed import embed_images, embed_texts, texts_of, top_k
 from tinyclip.evaluate.paired import (
     FALSE_DISCOVERIES,
     agreement,
@@ -58,7 +58,7 @@ from tinyclip.evaluate.paired import (
 )
 from tinyclip.evaluate.retrieval import ranks, recall_differences, scores_of
 from tinyclip.evaluate.speed import pairs_per_s
-from tinyclip.evaluate.zeroshot import Answers, answers, classifier
+from tinyclip.evaluate.zeroshot import Answers, alike_line, answers, classifier, top_k_accuracy
 
 T = TypeVar("T")
 NEITHER = "the labels are of several classes per image: there is no right or wrong answer to pair"
@@ -213,7 +213,7 @@ def compare(
     models, losses, rights = Both(teacher, student), [], []
     for labelled in usable:
         say(f"comparing on {labelled.name}: {len(labelled)} images, {len(labelled.class_names)} classes")
-        loss, right = _data_set(models, labelled, settings, settings.picture_bytes // len(usable))
+        loss, right = _data_set(models, labelled, settings, settings.picture_bytes // len(usable), say)
         losses.append(loss)
         rights.append(right)
     if pairs is not None:
@@ -264,9 +264,11 @@ class Right(NamedTuple):
 
 
 def _data_set(
-    models: Both, labelled: LabelledSet, settings: Comparing, picture_bytes: int
+    models: Both, labelled: LabelledSet, settings: Comparing, picture_bytes: int, say: Callable[[str], None]
 ) -> tuple[DataSetLoss, Right]:
     found = models.map(lambda model: answers(model, labelled, batch_size=settings.batch_size, workers=settings.workers))
+    for line in set(found.map(lambda own: alike_line(own.class_CE, labelled.class_names))) - {None}:
+        say(f"{labelled.name}: {line}")
     label_I = found.teacher.label_I
     assert torch.equal(found.teacher.item_I, found.student.item_I), "both read every image that can be read"
     right = found.map(lambda own: own.rank_I == 1)
@@ -463,8 +465,7 @@ def _templates(models: Both, labelled: LabelledSet, found: Both) -> tuple[Single
 
     def top1(model: Teacher, own: Answers, template: str) -> float:
         class_CE = classifier(model, labelled.class_names, [template])
-        rank_I = own_ranks(own.image_IE, class_CE, own.label_I, torch.arange(len(class_CE)))
-        return (rank_I == 1).double().mean().item()
+        return top_k_accuracy(own.image_IE, class_CE, own.label_I, (1,))["top1"]
 
     return tuple(
         SingleTemplate(

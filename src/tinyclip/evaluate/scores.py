@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic import Field
 
 from tinyclip.config import Config
@@ -20,12 +22,22 @@ class Evaluation(Config):
     templates: tuple[str, ...] = Field(default=DEFAULT_TEMPLATES, description="zero-shot texts; {} is the class name")
 
 
-def evaluate(model: Model, evaluation: Evaluation, *, batch_size: int = 64, workers: int = 0) -> dict[str, float]:
-    """Retrieval and zero-shot scores, each a share in [0, 1], with intervals and counts; and median ranks."""
+def evaluate(
+    model: Model,
+    evaluation: Evaluation,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Retrieval and zero-shot scores, each a share in [0, 1], with intervals and counts; and median ranks.
+
+    `say` is told what a reader of the scores should know.
+    """
     scores: dict[str, float] = {}
     reading = {"batch_size": batch_size, "workers": workers}
     if evaluation.retrieval is not None:
         scores |= retrieval(model, open_source(evaluation.retrieval), **reading)
     if evaluation.zeroshot is not None:
-        scores |= zeroshot(model, open_source(evaluation.zeroshot), evaluation.templates, **reading)
+        scores |= zeroshot(model, open_source(evaluation.zeroshot), evaluation.templates, **reading, say=say)
     return scores

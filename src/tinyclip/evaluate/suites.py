@@ -49,7 +49,7 @@ from tinyclip.evaluate.datasets import (
 )
 from tinyclip.evaluate.embed import Model
 from tinyclip.evaluate.linear_probe import probe as linear_probe
-from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, SCORE_OF_METRIC, answer_scores, answers
+from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, SCORE_OF_METRIC, alike_line, answer_scores, answers
 from tinyclip.formats.files import validated
 
 Split = Literal["train", "test"]
@@ -268,7 +268,7 @@ def run_suite(
     datasets = {}
     for number, (name, labelled) in enumerate(present.items(), 1):
         say(f"{number} of {len(present)}: {name}, {len(labelled):,} images")
-        datasets[name] = _scores(model, labelled, train.get(name), batch_size, workers)
+        datasets[name] = _scores(model, labelled, train.get(name), batch_size, workers, say)
     in_mean = {name: SCORE_OF_METRIC[labelled.metric] for name, labelled in present.items()}
     result = {
         "suite": suite,
@@ -305,9 +305,17 @@ def _absent(opened: Iterable[LabelledSet | Absent]) -> dict[str, str]:
 
 
 def _scores(
-    model: Model, labelled: LabelledSet, train: LabelledSet | Absent | None, batch_size: int, workers: int
+    model: Model,
+    labelled: LabelledSet,
+    train: LabelledSet | Absent | None,
+    batch_size: int,
+    workers: int,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
-    scores = answer_scores(answers(model, labelled, batch_size=batch_size, workers=workers), labelled.metric)
+    said = answers(model, labelled, batch_size=batch_size, workers=workers)
+    if line := alike_line(said.class_CE, labelled.class_names):
+        say(f"{labelled.name}: {line}")
+    scores = answer_scores(said, labelled.metric)
     if isinstance(train, LabelledSet):
         scores |= linear_probe(model, ByClass(train), ByClass(labelled), batch_size=batch_size, workers=workers)
     return scores

@@ -1,7 +1,9 @@
 """Zero-shot classification: the class whose description is most similar to the picture.
 
 A class is described by every synonym in every template; the mean of these unit vectors, renormalised, is its
-row of the classifier (Radford et al. 2021, section 3.1.4). Ties count against the model.
+row of the classifier (Radford et al. 2021, section 3.1.4). Of classes that are equally similar the first wins, as
+argmax has it in open_clip and CLIP_benchmark. Classes that the model reads as the same tokens are one row, bit for bit:
+ImageNet's two "missile", or "Cat" and "cat", of which the later is never predicted (`alike_line`).
 
 `answers` keeps what the model said of each image; `answer_scores` makes scores of it:
 
@@ -16,7 +18,8 @@ Shape legend: I images, C classes, T texts, R images in a chunk, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from math import nan
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,9 +32,9 @@ from tinyclip.evaluate.confidence import bootstrap, interval
 from tinyclip.evaluate.embed import (
     QUERIES_PER_CHUNK,
     Model,
+    check_finite,
     embed_images,
     embed_texts,
-    own_ranks,
     share_within,
     texts_of,
 )
@@ -58,6 +61,7 @@ SCORE_OF_METRIC = {  # the score that stands for a data set in the mean of a sui
 }
 PRECISION_RESAMPLES = 200  # each sorts the images anew for every class
 RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64)
+NUM_NAMED = 5  # groups of classes that `alike_line` names
 
 
 class Answers(NamedTuple):
@@ -67,8 +71,8 @@ class Answers(NamedTuple):
     image_IE: Tensor  # unit
     class_CE: Tensor  # unit
     label_I: Tensor
-    predicted_I: Tensor  # never the right class where another one is as similar
-    rank_I: Tensor  # of the right class, from 1
+    predicted_I: Tensor  # of equally similar classes the first
+    rank_I: Tensor  # of the right class, from 1: among equally similar ones the first comes first
     confidence_I: Tensor  # softmax probability of the predicted class at the model's scale
     is_class_IC: Tensor | None = None  # bool, where images have several classes: label_I is then one of them
 
@@ -76,31 +80,96 @@ class Answers(NamedTuple):
 def classifier(model: Model, class_names: Sequence[str | Sequence[str]], templates: Sequence[str]) -> Tensor:
     """Unit vectors [C, E], one for each class given by its name or as its synonyms.
 
-    Raises ValueError for a model without a text tower, fewer than two classes, a class without a name, no template, or
-    a template without {}.
+    Classes whose texts are the same tokens to the model have the same row, bit for bit. Raises ValueError for a model
+    without a text tower, fewer than two classes, a class without a name, no template, or a template without {}.
     """
     if not callable(getattr(model, "encode_text", None)):
         raise ValueError("zero-shot: expected a model with a text tower, got one without")
-    if len(class_names) < 2 or not all(class_names):
-        raise ValueError(f"zero-shot: expected at least 2 classes with a name each, got {list(class_names)}")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError(f'zero-shot: expected templates like "a photo of a {{}}.", got {list(templates)}')
     synonyms = [[names] if isinstance(names, str) else names for names in class_names]
-    texts = [template.replace("{}", name) for names in synonyms for name in names for template in templates]
-    texts_per_class_C = torch.tensor([len(names) * len(templates) for names in synonyms])
-    class_of_text_T = torch.arange(len(synonyms)).repeat_interleave(texts_per_class_C)
-    text_TE = embed_texts(model, texts)
-    sum_CE = text_TE.new_zeros(len(synonyms), text_TE.shape[1]).index_add_(0, class_of_text_T, text_TE)
-    return F.normalize(sum_CE, dim=-1)
+    if len(synonyms) < 2:
+        raise ValueError(f"zero-shot: expected at least 2 classes, got {len(synonyms)}: {synonyms}")
+    nameless = [number for number, names in enumerate(synonyms) if not names or not all(map(str.strip, names))]
+    if nameless:
+        raise ValueError(f"zero-shot: expected a name for each class, class {nameless[0]} has {synonyms[nameless[0]]}")
+    texts_C = [[template.replace("{}", name) for name in names for template in templates] for names in synonyms]
+    brief_C = [_as_read(model, texts[:: len(templates)]) for texts in texts_C]  # in the first template
+    times = Counter(brief_C)
+    read_C = [_as_read(model, t) if times[brief] > 1 else brief for t, brief in zip(texts_C, brief_C, strict=True)]
+    rows: dict[tuple[object, ...], int] = {}
+    row_C = torch.tensor([rows.setdefault(read, len(rows)) for read in read_C])
+    texts_of_row = {row: texts for row, texts in zip(row_C.tolist(), texts_C, strict=True)}
+    row_of_text_T = torch.tensor([row for row, texts in texts_of_row.items() for _ in texts])
+    text_TE = embed_texts(model, [text for texts in texts_of_row.values() for text in texts])
+    sum_E = text_TE.new_zeros(len(rows), text_TE.shape[1]).index_add_(0, row_of_text_T, text_TE)
+    return F.normalize(sum_E, dim=-1)[row_C]
+
+
+def _as_read(model: Model, texts: Sequence[str]) -> tuple[object, ...]:
+    """The token ids of the texts, in any order; the texts themselves where the model does not show its tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    tokens_TL = tokenizer(list(texts)) if callable(tokenizer) else None
+    if not isinstance(tokens_TL, Tensor):
+        return tuple(sorted(texts))
+    return tuple(sorted(row_L.tobytes().rstrip(b"\0") for row_L in tokens_TL.cpu().numpy()))  # without the padding
+
+
+def first_alike(class_CE: Tensor) -> Tensor:
+    """[C]: the number of the first class that has the same row."""
+    first: dict[bytes, int] = {}
+    rows = class_CE.detach().cpu().double().numpy()
+    return torch.tensor([first.setdefault(row.tobytes(), number) for number, row in enumerate(rows)])
+
+
+def alike_line(class_CE: Tensor, names: Sequence[Sequence[str]]) -> str | None:
+    """One line that names the classes which share a row with another; None where every class has its own."""
+    first_C = first_alike(class_CE).tolist()
+    shared = [first for first, count in Counter(first_C).items() if count > 1]
+    if not shared:
+        return None
+    groups = [
+        ", ".join(f"{names[number][0]!r} ({number})" for number, own in enumerate(first_C) if own == first)
+        for first in shared[:NUM_NAMED]
+    ]
+    more = [f"and {len(shared) - NUM_NAMED} more"] if len(shared) > NUM_NAMED else []
+    what = "classes that read the same to the model, of which only the first can be predicted"
+    return f"{what}: {'; '.join([*groups, *more])}"
 
 
 def top_k_accuracy(image_IE: Tensor, class_CE: Tensor, label_I: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """Fraction in [0, 1] of images whose class is among the k most similar, as top1, top5: for every k <= C.
 
+    Of equally similar classes the first is the most similar. Raises ValueError for embeddings that are not finite.
+    """
+    rank_I = class_ranks(image_IE, class_CE, label_I)
+    return {f"top{k}": share_within(rank_I, k) for k in ks if k <= len(class_CE)}
+
+
+def class_ranks(image_IE: Tensor, class_CE: Tensor, label_I: Tensor) -> Tensor:
+    """Rank [I], from 1, of each image's class: among equally similar ones the first comes first.
+
     Raises ValueError for embeddings that are not finite.
     """
-    rank_I = own_ranks(image_IE, class_CE, label_I, torch.arange(len(class_CE), device=class_CE.device))
-    return {f"top{k}": share_within(rank_I, k) for k in ks if k <= len(class_CE)}
+    ranks = [image_IE.new_empty(0, dtype=torch.int64)]
+    for similarity_RC, label_R in _tiles(image_IE, class_CE, label_I):
+        own_R1 = similarity_RC.gather(1, label_R[:, None])
+        is_before_RC = torch.arange(len(class_CE), device=label_R.device) < label_R[:, None]
+        ahead_RC = (similarity_RC > own_R1) | ((similarity_RC == own_R1) & is_before_RC)
+        ranks.append(1 + ahead_RC.sum(-1))
+    return torch.cat(ranks)
+
+
+def _tiles(image_IE: Tensor, class_CE: Tensor, label_I: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarities [R, C] in fp64, and the labels of the R images; classes of the same row are equally similar.
+
+    They would not always be: a matrix product may sum the last columns in another order.
+    """
+    check_finite(image_IE)
+    check_finite(class_CE)
+    first_C = first_alike(class_CE).to(class_CE.device)
+    for image_RE, label_R in zip(image_IE.split(QUERIES_PER_CHUNK), label_I.split(QUERIES_PER_CHUNK), strict=True):
+        yield (image_RE.double() @ class_CE.double().T)[:, first_C], label_R
 
 
 def zeroshot(
@@ -110,19 +179,30 @@ def zeroshot(
     *,
     batch_size: int = 64,
     workers: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """top1 and top5 over a labelled source, with intervals, `n` images and its number of `classes`.
 
-    The classes are the labels that occur in the source. Items whose image or label cannot be read, or that have no
-    label, are left out. Raises ValueError for a source without labels and for fewer than two classes.
+    The classes are the labels that occur in the source; `say` is told which of them read the same to the model, and
+    `alike_classes` is their number. Items whose image or label cannot be read, or that have no label, are left out.
+    Raises ValueError for a source without labels and for fewer than two classes.
     """
     labels = texts_of(source, source.label, "labels")
     classes = {names: number for number, names in enumerate(sorted(set(labels.values())))}
     class_CE = classifier(model, list(classes), templates)
+    if say is not None and (line := alike_line(class_CE, list(classes))):
+        say(f"{source.name}: {line}")
     names, image_IE = embed_images(model, source, labels, batch_size=batch_size, workers=workers)
     label_I = torch.tensor([classes[own] for own in names])
-    rank_I = own_ranks(image_IE, class_CE, label_I, torch.arange(len(class_CE)))
-    return _top_scores(rank_I, len(classes)) | {"n": len(image_IE), "classes": len(classes)}
+    rank_I = class_ranks(image_IE, class_CE, label_I)
+    return _top_scores(rank_I, len(classes)) | _counts(len(image_IE), class_CE)
+
+
+def _counts(num_images: int, class_CE: Tensor) -> dict[str, int]:
+    """`n` images, `classes`, and, where there are any, `alike_classes`: those that share a row with another."""
+    sharing = first_alike(class_CE).bincount()
+    alike = int(sharing[sharing > 1].sum())
+    return {"n": num_images, "classes": len(class_CE)} | ({"alike_classes": alike} if alike else {})
 
 
 def answers(model: Model, labelled: LabelledSet, *, batch_size: int = 64, workers: int = 0) -> Answers:
@@ -132,25 +212,18 @@ def answers(model: Model, labelled: LabelledSet, *, batch_size: int = 64, worker
     names, image_IE = embed_images(model, labelled.source, items, batch_size=batch_size, workers=workers)
     item_I = torch.tensor([int(own[0]) for own in names])
     label_I = torch.tensor(labelled.labels)[item_I]
-    rank_I = own_ranks(image_IE, class_CE, label_I, torch.arange(len(class_CE)))
-    predicted_I, confidence_I = _predicted(image_IE, class_CE, label_I, rank_I, torch.as_tensor(model.scale).item())
+    rank_I = class_ranks(image_IE, class_CE, label_I)
+    predicted_I, confidence_I = _predicted(image_IE, class_CE, label_I, torch.as_tensor(model.scale).item())
     is_class_IC = None if labelled.label_sets is None else _flags(labelled.label_sets, len(class_CE))[item_I]
     return Answers(item_I, image_IE, class_CE, label_I, predicted_I, rank_I, confidence_I, is_class_IC)
 
 
-def _predicted(
-    image_IE: Tensor, class_CE: Tensor, label_I: Tensor, rank_I: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The most similar class, of equal ones a wrong one, and its probability."""
+def _predicted(image_IE: Tensor, class_CE: Tensor, label_I: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The most similar class, of equal ones the first, and its probability."""
     predicted, confidence = [], []
-    chunks = (part.split(QUERIES_PER_CHUNK) for part in (image_IE, label_I, rank_I))
-    for image_RE, label_R, rank_R in zip(*chunks, strict=True):
-        similarity_RC = image_RE.double() @ class_CE.double().T
-        p_RC = (scale * similarity_RC).softmax(-1)
-        is_own_RC = F.one_hot(label_R, len(class_CE)).bool()
-        best_R = similarity_RC.masked_fill(is_own_RC & (rank_R > 1)[:, None], -torch.inf).argmax(-1)
-        predicted.append(torch.where(rank_R == 1, label_R, best_R))
-        confidence.append(p_RC.gather(1, predicted[-1][:, None])[:, 0])
+    for similarity_RC, _ in _tiles(image_IE, class_CE, label_I):
+        predicted.append(similarity_RC.argmax(-1))
+        confidence.append((scale * similarity_RC).softmax(-1).gather(1, predicted[-1][:, None])[:, 0])
     return torch.cat(predicted), torch.cat(confidence)
 
 
@@ -162,11 +235,11 @@ def _flags(label_sets: Sequence[Sequence[int]], num_classes: int) -> Tensor:
 
 
 def answer_scores(answers: Answers, metric: str = "accuracy") -> dict[str, float]:
-    """Shares in [0, 1] with intervals; `n` images and the number of `classes`.
+    """Shares in [0, 1] with intervals; `n` images and the numbers of `classes` and, if any, of `alike_classes`.
 
     Raises ValueError for a metric that the answers do not allow: see the head of this file.
     """
-    counts = {"n": len(answers.label_I), "classes": len(answers.class_CE)}
+    counts = _counts(len(answers.label_I), answers.class_CE)
     if answers.is_class_IC is not None:
         return _precision_scores(answers.image_IE, answers.class_CE, answers.is_class_IC) | counts
     right_I = answers.rank_I == 1

@@ -21,7 +21,7 @@ from tinyclip.shrink.keep import Keep
 
 EXTRAS = ("evaluation", "compare", "benchmark")
 RANK = "_rank"  # ends the name of what is no share
-COUNTS = ("images", "texts", "n", "classes")  # among the scores, but no shares
+COUNTS = ("images", "texts", "n", "classes", "alike_classes")  # among the scores, but no shares
 Z = 1.959964  # of a two-sided interval of 95 %
 
 
