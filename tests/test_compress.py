@@ -1,5 +1,6 @@
 """The story: stages leave loadable models within their budget, and a run that was cut off ends with the same bits."""
 
+import copy
 import json
 import os
 import signal
@@ -108,6 +109,36 @@ def test_a_finished_run_is_left_as_it_is(finished, teacher):
     before, lines = weights(run), []
     compress(student_recipe(teacher), run, say=lines.append)
     assert weights(run) == before and lines == ["0-auto-70: complete", "1-manual-35: complete"]
+
+
+def test_a_run_from_before_embeddings_were_cut_is_the_same_run(tmp_path):
+    """What an older version wrote lacks the new field, whose default is what it did."""
+    settings = student_recipe("somewhere").model_dump(mode="json")
+    older = copy.deepcopy(settings)
+    assert older["stages"][1]["shrink"].pop("embed_dim") is None
+    claim(tmp_path / "run", older)
+    claim(tmp_path / "run", settings)
+    settings["stages"][1]["shrink"]["embed_dim"] = 8
+    with pytest.raises(ValueError, match=r"changed: stages.1.shrink.embed_dim: None -> 8$"):
+        claim(tmp_path / "run", settings)
+
+
+def test_a_student_with_a_smaller_embedding_mimics_its_teacher_and_continues(teacher, tmp_path, monkeypatch):
+    """Its affinities are rows over the same pairs; the feature term maps 6 numbers to the teacher's 16."""
+    steps = phase(3, objective=Objective(feature=0.5))
+    shrink = Inherit(keep_params=0.8, embed_dim=6)
+    recipe = Recipe(teacher=str(teacher), data=DATA, stages=(Stage(name="small", shrink=shrink, distill=steps),))
+    lines = []
+    compress(recipe, tmp_path / "whole", say=lines.append)
+    assert "; embedding 6 of 16" in lines[0]
+    model = tinyclip.load(tmp_path / "whole")
+    assert model.config.embed_dim == 6 and model.encode_text("a red circle").shape == (1, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyclip.run.complete", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(recipe, tmp_path / "cut", say=lines.append)
+    compress(recipe, tmp_path / "cut", say=lines.append)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_a_run_directory_of_another_recipe_is_refused_with_the_difference(finished, teacher):

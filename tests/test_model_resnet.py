@@ -142,6 +142,14 @@ def test_the_cut_model_equals_the_gated_one(closed, training):
         assert all(place.block == BottleneckConfig(conv1=1, conv2=1) for place in cut.config.image.blocks())
 
 
+def test_a_cut_embedding_is_a_slice_of_the_whole_one():
+    model, (pixels, _) = tiny_resnet(), inputs()
+    taken = take(model, choose(model, Inherit(embed_dim=6)))
+    with torch.no_grad():
+        assert_same([taken.encode_image(pixels)], [model.encode_image(pixels)[:, :6]])
+    assert taken.config == model.config.model_copy(update={"embed_dim": 6})
+
+
 def test_two_cuts_equal_one():
     model = tiny_resnet()
     first = Keep.open_gates(model.config, random_gates(model, 0.3, seed=5))

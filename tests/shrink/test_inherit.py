@@ -79,7 +79,9 @@ def test_the_rule_chooses_the_layers_and_the_student_has_their_weights(choice, k
             assert torch.equal(weight, model.text.blocks[layer].state_dict()[name]), (layer, name)
 
 
-def test_the_manual_student_equals_the_official_codes_bit_for_bit(shared):
+@pytest.mark.parametrize("embed_dim", [None, 32, 20])
+def test_the_manual_student_equals_the_official_codes_bit_for_bit(shared, embed_dim):
+    """Its file keeps the whole embedding of 32; a smaller one is the first entries of that axis, as of every other."""
     facts = json.loads((shared / "golden" / "manual_inherit.json").read_text())["manual_inherit"]
     codes = load_file(shared / "golden" / "manual_inherit.safetensors")
 
@@ -97,13 +99,16 @@ def test_the_manual_student_equals_the_official_codes_bit_for_bit(shared):
     rule = Inherit(
         image=TowerRule(width=64, layers=2, layer_choice="official"),
         text=TowerRule(width=64, layers=3, layer_choice="official"),
+        embed_dim=embed_dim,
     )
     keep = choose(teacher, rule)
     assert [*keep.image.blocks] == facts["towers"]["image"]["layer_map"]
     assert [*keep.text.blocks] == facts["towers"]["text"]["layer_map"]
     student = take(teacher, keep)
-    assert student.config == config_from_open_clip(facts["student_config"])
+    assert student.config == config_from_open_clip({**facts["student_config"], "embed_dim": embed_dim or 32})
     got, expected = to_open_clip(student), weights("student") | scale
+    for projection in ("visual.proj", "text_projection"):
+        expected[projection] = expected[projection][:, :embed_dim]
     assert got.keys() == expected.keys() and len(expected) == facts["student_tensors"] + 1
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
@@ -258,6 +263,17 @@ def test_odd_sizes_shrink():
 def test_a_rule_that_does_not_fit_the_model_is_refused(tower, message):
     with pytest.raises(ValueError, match=message):
         choose(clip(), Inherit(image=TowerRule(**tower)))
+
+
+def test_an_embedding_cannot_grow_and_its_cut_is_not_in_the_budget():
+    with pytest.raises(ValueError, match=r"embed_dim: expected at most 4 \(the model's\), got 5"):
+        choose(clip(), Inherit(embed_dim=5))
+    with pytest.raises(ValidationError, match="embed_dim\n.*greater than 0"):
+        Inherit(embed_dim=0)
+    model = MODELS["uniform"]
+    budget = int(0.5 * model.config.prunable_params)
+    whole, cut = (choose(model, Inherit(keep_params=0.5, embed_dim=size), budget) for size in (None, 3))
+    assert cut == whole.model_copy(update={"embed": (0, 1, 2)})
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05])

@@ -230,6 +230,33 @@ def test_fewer_blocks_by_eye():
     assert torch.equal(taken.image.blocks[1].attention.qkv.weight, model.image.blocks[2].attention.qkv.weight)
 
 
+@pytest.mark.parametrize("embed", [(0, 1, 2), (9,), (1, 4, 5, 8)])
+def test_a_cut_embedding_is_a_slice_of_the_whole_one_before_it_is_a_unit_vector(embed):
+    model = tiny_clip()
+    keep = Keep.everything(model.config).model_copy(update={"embed": embed})
+    taken, (pixels, tokens) = take(model, keep), inputs()
+    assert taken.config == model.config.model_copy(update={"embed_dim": len(embed)})
+    torch.testing.assert_close(taken.encode_image(pixels), model.encode_image(pixels)[:, embed], rtol=0, atol=1e-14)
+    torch.testing.assert_close(taken.encode_text(tokens), model.encode_text(tokens)[:, embed], rtol=0, atol=1e-14)
+    assert keep.describe(model.config).endswith(f"; embedding {len(embed)} of 10")
+    assert Keep.model_validate_json(keep.model_dump_json()) == keep
+
+
+def test_a_keep_that_was_written_before_embeddings_were_cut_keeps_all_of_it():
+    model = tiny_clip()
+    keep = Keep.everything(model.config)
+    written = keep.model_dump_json(exclude={"embed"})
+    assert "embed" not in written and Keep.model_validate_json(written) == keep
+    assert take(model, keep).config.embed_dim == 10 and "embedding" not in keep.describe(model.config)
+
+
+@pytest.mark.parametrize("embed", [(), (1, 0), (0, 0), (3, 10), (-1, 2)])
+def test_a_cut_of_the_embedding_that_does_not_fit_is_refused(embed):
+    model = tiny_clip()
+    with pytest.raises(ValueError, match="keep.embed: expected "):
+        take(model, Keep.everything(model.config).model_copy(update={"embed": embed}))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -77,6 +77,11 @@ class Inherit(Config):
     )
     image: TowerRule = TowerRule()
     text: TowerRule = TowerRule()
+    embed_dim: int | None = Field(
+        default=None,
+        gt=0,
+        description="channels of the joint embedding: the first ones, as the official code; else all",
+    )
 
 
 def choose(model: CLIP, rule: Inherit, budget_params: int | None = None) -> Keep:
@@ -85,6 +90,8 @@ def choose(model: CLIP, rule: Inherit, budget_params: int | None = None) -> Keep
     Raises ValueError where the model is smaller than asked for, a width is not a multiple of the head size, or the
     budget is too small for the rule.
     """
+    if rule.embed_dim is not None and rule.embed_dim > model.config.embed_dim:
+        raise ValueError(f"embed_dim: expected at most {model.config.embed_dim} (the model's), got {rule.embed_dim}")
     share = None if budget_params is None else budget_params / model.config.prunable_params
     image, config = model.image, model.config.image
     if isinstance(image, ResNetTower) and isinstance(config, ResNetConfig):
@@ -93,7 +100,8 @@ def choose(model: CLIP, rule: Inherit, budget_params: int | None = None) -> Keep
         assert isinstance(image, ImageTower) and isinstance(config, TowerConfig), "a ViT, or a ResNet"
         image_keep = _choose_tower(image, config, _fit(config, rule.image, share, "image", vary="width"), "image")
     text = _fit(model.config.text, rule.text, share, "text", vary="layers")
-    return Keep(image=image_keep, text=_choose_tower(model.text, model.config.text, text, "text"))
+    embed = None if rule.embed_dim is None else tuple(range(rule.embed_dim))
+    return Keep(image=image_keep, text=_choose_tower(model.text, model.config.text, text, "text"), embed=embed)
 
 
 def _choose_resnet(tower: ResNetTower, config: ResNetConfig, rule: TowerRule, share: float | None) -> ResNetKeep:

@@ -20,6 +20,13 @@ from tinyclip.shrink.keep_resnet import ResNetKeep, counts, take_resnet
 AnyTower = TypeVar("AnyTower", bound=TowerConfig)
 
 
+def _check_indices(what: str, indices: tuple[int, ...], size: int, at_least: int) -> None:
+    if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
+        raise ValueError(f"{what}: expected ascending indices in [0, {size}), got {indices}")
+    if len(indices) < at_least:
+        raise ValueError(f"{what}: expected at least {at_least}, got none")
+
+
 class TowerKeep(Config):
     """Surviving indices of one tower, ascending. `heads` and `ffn` have one entry per surviving block."""
 
@@ -32,10 +39,7 @@ class TowerKeep(Config):
         """Raises ValueError where the indices do not fit the tower."""
 
         def check_indices(what: str, indices: tuple[int, ...], size: int, at_least: int) -> None:
-            if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
-                raise ValueError(f"keep.{tower}.{what}: expected ascending indices in [0, {size}), got {indices}")
-            if len(indices) < at_least:
-                raise ValueError(f"keep.{tower}.{what}: expected at least {at_least}, got none")
+            _check_indices(f"keep.{tower}.{what}", indices, size, at_least)
 
         check_indices("blocks", self.blocks, len(config.blocks), 1)
         check_indices("width", self.width, config.width, 1)
@@ -91,8 +95,11 @@ def _kind(image: Any) -> str:
 
 
 class Keep(Config):
+    """What survives of a model; `embed` of the joint embedding's channels, where None is all."""
+
     image: Annotated[Annotated[TowerKeep, Tag("vit")] | Annotated[ResNetKeep, Tag("resnet")], Discriminator(_kind)]
     text: TowerKeep
+    embed: tuple[int, ...] | None = None
 
     def shrink(self, config: CLIPConfig) -> CLIPConfig:
         """The config of the cut model. Raises ValueError where the indices do not fit."""
@@ -102,14 +109,22 @@ class Keep(Config):
         keep: Any = self.image
         keep.check(config.image, "image")
         self.text.check(config.text, "text")
-        return config.model_copy(update={"image": keep.shrink(config.image), "text": self.text.shrink(config.text)})
+        left: dict[str, Any] = {"image": keep.shrink(config.image), "text": self.text.shrink(config.text)}
+        if self.embed is not None:
+            _check_indices("keep.embed", self.embed, config.embed_dim, 1)
+            left["embed_dim"] = len(self.embed)
+        return config.model_copy(update=left)
 
     def describe(self, config: CLIPConfig) -> str:
-        """The map in one line: which layers, and how many channels, heads and neurons of how many."""
+        """The map in one line: which layers, and how many channels, heads and neurons of how many.
+
+        Of the embedding only where it is cut.
+        """
         before, after = config.prunable_params, self.shrink(config).prunable_params
         keep: Any = self.image
         image, text = keep.describe(config.image, "image"), self.text.describe(config.text, "text")
-        return f"{before:,} -> {after:,} prunable parameters; {image}; {text}"
+        embed = "" if self.embed is None else f"; embedding {len(self.embed)} of {config.embed_dim}"
+        return f"{before:,} -> {after:,} prunable parameters; {image}; {text}{embed}"
 
     @classmethod
     def everything(cls, config: CLIPConfig) -> Keep:
@@ -150,6 +165,9 @@ def take(model: CLIP, keep: Keep) -> CLIP:
         image = _take_tower(image_weights, config.image, keep.image)
     weights = {f"image.{name}": weight for name, weight in image}
     weights |= {f"text.{name}": weight for name, weight in _take_tower(text_weights, config.text, keep.text)}
+    if keep.embed is not None:  # the rows of both projections, and the bias that a ResNet's has
+        embed = torch.tensor(keep.embed, device=model.device)
+        weights |= {name: weight[embed] for name, weight in weights.items() if ".projection." in name}
     small.load_state_dict(weights | {"logit_scale": model.logit_scale.clone()}, strict=True, assign=True)
     return small.train(model.training)
 
