@@ -80,7 +80,7 @@ class Inherit(Config):
     embed_dim: int | None = Field(
         default=None,
         gt=0,
-        description="channels of the joint embedding: the first ones, as the official code; else all",
+        description="channels of the joint embedding, the first ones as in the official code; else all",
     )
 
 
