@@ -13,7 +13,6 @@ from tinyclip.config import Config
 from tinyclip.data.sources import Source
 from tinyclip.distill.teacher import Teacher, load_teacher
 from tinyclip.evaluate.embed import texts_of
-from tinyclip.formats import checkpoint
 from tinyclip.model import CLIP, CLIPConfig, initialise
 from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ class Scratch(Config):
 class Like(Config):
     """A random start with the shape, preprocessing and vocabulary of another model."""
 
-    like: str = Field(description="a run, stage or model directory")
+    like: str = Field(description="a run, stage or model directory, or a name as of a teacher")
 
 
 def starting_point(
@@ -50,10 +49,7 @@ def starting_point(
     match start:
         case Scratch() as scratch:
             return from_scratch(scratch, source, generator)
-        case Like(like=path):
-            model = checkpoint.load(path)
-            return initialise(CLIP(model.config, preprocess=model.preprocess, tokenizer=model.tokenizer), generator)
-        case str() as spec:
+        case Like(like=spec) | str(spec):
             parent = load_teacher(spec)
         case None:
             assert teachers, "a recipe has a teacher or a start"
@@ -62,7 +58,10 @@ def starting_point(
         raise ValueError(
             f"{parent.name} can only teach ({parent.teach_only}); name a ViT- or ResNet-CLIP or a shape as `start`"
         )
-    return copy.deepcopy(parent.clip)
+    model = copy.deepcopy(parent.clip)
+    if isinstance(start, Like):
+        return initialise(CLIP(model.config, preprocess=model.preprocess, tokenizer=model.tokenizer), generator)
+    return model
 
 
 def from_scratch(scratch: Scratch, source: Source, generator: torch.Generator) -> CLIP:

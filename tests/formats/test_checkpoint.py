@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinyclip.distill.teacher import load_teacher
 from tinyclip.formats import checkpoint, weights
 from tinyclip.formats.open_clip import config_to_open_clip, to_open_clip
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, initialise
@@ -269,3 +270,51 @@ def test_what_is_not_there_is_named(saved, tmp_path):
     assert_refused(saved, "has its own config", config=CONFIG)
     (saved / "model.safetensors").unlink()
     assert_refused(saved, "model.safetensors: expected a checkpoint file, found none")
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("ViT-B-32/laion2b_s34b_b79k", "open_clip:ViT-B-32/laion2b_s34b_b79k?"),
+        ("ViT-B-32/openai", "open_clip:ViT-B-32-quickgelu/openai?"),  # the activation that it was trained with
+        ("ViT-B-32", "open_clip:ViT-B-32-quickgelu/openai, open_clip:ViT-B-32/laion2b_e16 or open_clip:ViT-B-32/lai"),
+        ("ViT-B/32", "open_clip:ViT-B-32-quickgelu/openai, open_clip:ViT-B-32/laion2b_e16 or open_clip:ViT-B-32/lai"),
+        ("RN50", "open_clip:RN50-quickgelu/openai, "),
+        ("vit-b32", "open_clip:ViT-B-32/TAG or "),
+        (
+            "openai/clip-vit-base-patch32",
+            "hf:openai/clip-vit-base-patch32 (transformers' format) or hf-hub:openai",
+        ),
+        ("https://huggingface.co/laion/CLIP-ViT-B-32", "hf:laion/CLIP-ViT-B-32 (transformers' format) or "),
+        ("ViT-39M-16-Text-19M-YFCC15M", "tinyclip:ViT-39M-16-Text-19M-YFCC15M?"),
+        ("TinyCLIP-ViT-8M-16-Text-3M", "tinyclip:ViT-8M-16-Text-3M-YFCC15M?"),
+        ("ViT-40M-32-Text-19-LAION400M", "tinyclip:ViT-40M-32-Text-19M-LAION400M"),
+        ("openclip:ViT-B-32/openai", "open_clip:ViT-B-32/openai?"),
+        ("runs/techer", "runs/teacher?"),
+        ("techer.pt", "teacher.pt?"),
+    ],
+)
+def test_a_name_without_its_prefix_is_not_guessed_but_the_error_spells_it(name, meant, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)
+    (tmp_path / "teacher.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    for load in (checkpoint.load, load_teacher):
+        with pytest.raises(FileNotFoundError) as error:
+            load(name)
+        assert f"found nothing; did you mean {meant}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_directory_of_that_name_comes_before_any_model_of_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = CLIP(CONFIG)
+    for name in ("ViT-B-32", "openai/clip-vit-base-patch32"):
+        checkpoint.save(model, name)
+        assert checkpoint.load(name).config == CONFIG
+
+
+@pytest.mark.parametrize("name", ["plain", "/no/such/model", "a/b/c"])
+def test_where_nothing_is_close_nothing_is_suggested(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(name, f"{name}: expected a model directory or a checkpoint file, found nothing")
+    with pytest.raises(FileNotFoundError, match="found nothing$"):
+        checkpoint.load(name)

@@ -20,7 +20,14 @@ from tinyclip.data.loader import Reader
 from tinyclip.distributed import World, shard, whole
 from tinyclip.formats import checkpoint
 from tinyclip.formats.files import read_json
-from tinyclip.formats.open_clip import CONFIG_FILE, TeachOnly, config_from_open_clip, from_open_clip, load_pretrained
+from tinyclip.formats.open_clip import (
+    CONFIG_FILE,
+    PREFIXES,
+    TeachOnly,
+    config_from_open_clip,
+    from_open_clip,
+    load_pretrained,
+)
 from tinyclip.formats.provenance import read_provenance
 from tinyclip.model import CLIP, Block, lengths, unit
 from tinyclip.preprocess import Preprocess
@@ -28,7 +35,7 @@ from tinyclip.tokenizer import Tokenizer
 
 LOCAL_DIR = "local-dir:"
 IMAGES_ALIKE, TEXTS_ALIKE, LENGTHS_ALIKE = 8, 4, 8  # rows of a block, and the steps of a text's length: LOG.md
-OPEN_CLIP = ("open_clip:", "hf-hub:", LOCAL_DIR)  # names that open_clip resolves
+OPEN_CLIP = PREFIXES  # names that open_clip resolves
 
 
 @dataclass(frozen=True, eq=False)

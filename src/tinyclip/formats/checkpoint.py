@@ -12,6 +12,7 @@ open_clip or TinyCLIP's releases, and published models by their names.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tinyclip.preprocess import Preprocess
 from tinyclip.tokenizer import Tokenizer
 
 FORMAT, VERSION = "tinyclip", 1
+PREFIXES = (zoo.PREFIX, huggingface.HUB, *open_clip.PREFIXES)
 
 
 def save(model: CLIP, directory: str | Path, *, extra: Mapping[str, Any] | None = None) -> Path:
@@ -62,20 +64,38 @@ def load(
       a mapping or the path of a JSON file;
     - the name of a published model, tinyclip:ViT-39M-16-Text-19M-YFCC15M: formats/zoo.py.
 
-    Raises FileNotFoundError, or ValueError for what is damaged or does not fit; nothing is allocated before.
+    A name without its prefix is never guessed, but the error says how it may be spelt. Raises FileNotFoundError, or
+    ValueError for what is damaged or does not fit; nothing is allocated before.
     """
     if str(path).startswith(zoo.PREFIX):
         if config is not None:
             raise ValueError(f"{path}: a published model has its own config, expected no other")
         return zoo.load(str(path), device=device)
-    path = huggingface.fetch(path) if str(path).startswith(huggingface.HUB) else Path(path)
+    name = str(path)
+    path = huggingface.fetch(path) if name.startswith(huggingface.HUB) else Path(path)
     if path.is_dir():
         if config is not None:
             raise ValueError(f"{path}: a model directory has its own config, expected no other")
         return _load_directory(path, device)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a model directory or a checkpoint file, found nothing")
+        raise FileNotFoundError(f"{path}: expected a model directory or a checkpoint file, found nothing{_meant(name)}")
     return _load_weights(path, None if config is None else _as_config(config), device)
+
+
+def _meant(name: str) -> str:
+    """ "; did you mean ...?" for a name that is no path; empty where nothing is close. Asks no network."""
+    path = Path(name)
+    if name.startswith(open_clip.PREFIXES):
+        return "; a name of open_clip's is for a teacher (tinyclip.distill.teacher.load_teacher)"
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    found = [str(path.parent / one) for one in difflib.get_close_matches(path.name, there, n=2, cutoff=0.8)]
+    prefix, colon, rest = name.partition(":")
+    prefixes = difflib.get_close_matches(prefix.lower() + ":", PREFIXES, n=1, cutoff=0.6)
+    if colon and rest and prefixes and "/" not in prefix:
+        found.append(prefixes[0] + rest)
+    elif not path.parent.is_dir() or "/" not in name:  # no mistyped path
+        found += [*zoo.meant(name), *open_clip.meant(name)] or huggingface.meant(name)
+    return f"; did you mean {', '.join(found[:-1])}{' or ' if found[1:] else ''}{found[-1]}?" if found else ""
 
 
 def _is_model(directory: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -220,6 +221,14 @@ def fetch(name: str | Path) -> Path:
         return directory if any(directory.glob("**/*.safetensors")) else download(*FILES, *PICKLE_FILES)
     except Exception as error:  # no network, no such model, no access, no such name
         raise ValueError(f"{name}: the Hugging Face hub does not give it: {weights.first_line(error)}") from None
+
+
+def meant(name: str) -> list[str]:
+    """What `name`, without a prefix, may mean on the hub: ORGANISATION/NAME, or the address of its page."""
+    name = name.removeprefix("https://huggingface.co/").rstrip("/")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return []
+    return [f"{HUB}{name} (transformers' format)", f"hf-hub:{name} (open_clip's)"]
 
 
 def from_huggingface_dir(directory: Path, device: str | torch.device = "cpu") -> CLIP:

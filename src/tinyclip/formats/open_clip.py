@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -86,6 +87,7 @@ WITHOUT_EFFECT = {
 ORDINARY = {"pos_embed_type": "learnable", "proj_type": "linear", "block_type": "default"}  # else: None, False, 0, {}
 
 
+PREFIXES = ("open_clip:", "hf-hub:", "local-dir:")  # of names that open_clip resolves
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"  # of a local-dir
 OTHER_WEIGHTS_FILES = [  # in the order in which open_clip looks for them; after these, any other
     *(f"open_clip_pytorch_model.{ending}" for ending in ("safetensors", "bin", "pth")),
@@ -375,6 +377,40 @@ def on_the_hub(name: str) -> str | None:
     return "/".join(hub.split("/")[:2]) or None
 
 
+def meant(name: str) -> list[str]:
+    """What `name`, without the prefix, may mean: an architecture with weights that fit it, the most used ones first.
+
+    ViT-B-32/openai, which was trained with the other activation, means ViT-B-32-quickgelu/openai; ViT-B/32 is how
+    OpenAI writes ViT-B-32. open_clip itself is asked only for the weights of an architecture that it has.
+    """
+    package = find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        return []
+    configs = Path(package.submodule_search_locations[0]) / "model_configs"
+    known = sorted(path.stem for path in configs.glob("*.json"))
+    architecture, _, tag = name.partition("/")
+    if name.replace("/", "-") in known:
+        architecture, tag = name.replace("/", "-"), ""
+    if architecture not in known:
+        lower = {one.lower(): one for one in known}
+        close = [lower[one] for one in difflib.get_close_matches(architecture.lower(), lower, n=2, cutoff=0.8)]
+        return [f"open_clip:{one}/{tag or 'TAG'}" for one in close]
+    import open_clip
+
+    twins = dict.fromkeys([architecture, architecture.removesuffix("-quickgelu") + "-quickgelu"])
+    fitting = [
+        (one, weights)
+        for one in twins
+        if one in known
+        for weights in open_clip.list_pretrained_tags_by_model(one)
+        if _trained_and_computed(one, weights)[0] == _trained_and_computed(one, weights)[1]
+    ]
+    wanted = [(one, weights) for one, weights in fitting if weights == tag] or sorted(
+        fitting, key=lambda pair: (pair[1] != "openai", not pair[1].startswith(("laion2b", "datacomp_xl")))
+    )
+    return [f"open_clip:{one}/{weights}" for one, weights in wanted[:3]] or [f"open_clip:{architecture}/FILE"]
+
+
 def to_open_clip_dir(model: CLIP, directory: Path) -> None:
     """Write what open_clip loads as local-dir:DIRECTORY, into a directory that is there.
 
@@ -471,15 +507,23 @@ def _check_choice(architecture: str, weights_from: str) -> None:
             f"{architecture}: expected weights as {architecture}/TAG or {architecture}/FILE, got {weights_from!r}; "
             f"tags: {', '.join(tags) or 'none'}"
         )
-    tag, model_cfg = open_clip.get_pretrained_cfg(architecture, weights_from), open_clip.get_model_config(architecture)
-    trained, computed = ((cfg or {}).get("quick_gelu", False) for cfg in (tag, model_cfg))
-    if tag and trained != computed:
+    trained, computed = _trained_and_computed(architecture, weights_from)
+    if weights_from in tags and trained != computed:
         names = {True: "x*sigmoid(1.702x)", False: "GELU"}
         twin = architecture.removesuffix("-quickgelu") + ("-quickgelu" if trained else "")
         advice = f"; use {twin}/{weights_from}" if twin in known and twin != architecture else ""
         raise ValueError(
             f"{weights_from} was trained with {names[trained]}, but {architecture} computes {names[computed]}{advice}"
         )
+
+
+def _trained_and_computed(architecture: str, tag: str) -> tuple[bool, bool]:
+    """Whether the weights were trained with x*sigmoid(1.702x), and whether the architecture computes that."""
+    import open_clip
+
+    cfgs = open_clip.get_pretrained_cfg(architecture, tag), open_clip.get_model_config(architecture)
+    trained, computed = (bool((cfg or {}).get("quick_gelu", False)) for cfg in cfgs)
+    return trained, computed
 
 
 def _preprocess(cfg: Mapping[str, Any], where: str) -> Preprocess:

@@ -108,6 +108,14 @@ def parse(name: str) -> Entry:
     return Entry(architecture, data, Path(file).expanduser() if file else None, sha256)
 
 
+def meant(name: str) -> list[str]:
+    """The published models that `name`, without the prefix, may mean: that one, those of an architecture, or close."""
+    title = name.removeprefix("TinyCLIP-").removesuffix(".pt")
+    titles = {"-".join(pair): pair[0] for pair in CHECKPOINTS}
+    found = [known for known, architecture in titles.items() if title in (known, architecture)]
+    return [PREFIX + known for known in found or difflib.get_close_matches(title, titles, n=2, cutoff=0.8)]
+
+
 def config(name: str) -> CLIPConfig:
     """The config of a published model; the weights are needed only where it is pruned."""
     entry = parse(name)
