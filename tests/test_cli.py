@@ -370,7 +370,10 @@ def test_a_directory_or_file_that_is_no_run_is_left_alone(tiny, teacher, recipe,
     for path in (data, recipe):
         result = tiny("compress", recipe, "--teacher", teacher, "--run", path)
         assert_one_line(result, f"{path}: expected a new directory or a run to continue, found neither")
-    assert_one_line(tiny("compress", recipe, "--teacher", teacher, "--run", recipe / "run"), "Not a directory")
+    result = tiny("compress", recipe, "--teacher", teacher, "--run", recipe / "run")
+    assert_one_line(
+        result, f"--run {recipe / 'run'}: expected a place in a folder, got one in {recipe}, and it is a file"
+    )
     assert sorted(data.rglob("*")) == before and recipe.is_file()
 
 
@@ -398,7 +401,7 @@ class StoppedInside(list):
 @pytest.mark.parametrize("command, status", [("compress", 0), ("inspect", 128 + signal.SIGTERM)])
 def test_a_stop_that_torch_turns_into_an_error_of_its_own_is_still_a_stop(command, status, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tinyclip", command])
-    monkeypatch.setattr(cli, "app", lambda args: torch.tensor(StoppedInside([0.0])))
+    monkeypatch.setattr(cli, "app", lambda args, standalone_mode: torch.tensor(StoppedInside([0.0])))
     with pytest.raises(SystemExit) as end:
         cli.main()
     said = capsys.readouterr().err

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
 
 import typer
 from rich.console import Console
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from tinyclip.recipe import Recipe
     from tinyclip.stopping import Interrupted
 
+EXPORTS = ("huggingface", "open_clip", "tinyclip", "onnx", "onnx-int8")  # the keys of formats.export.TARGETS
+
 app = typer.Typer(
     help="Make CLIP models small: weight inheritance and affinity mimicking, stage by stage.",
     no_args_is_help=True,
@@ -31,11 +34,91 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+# What an option must be is checked while the command line is parsed, before a model is loaded or anything is written.
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise typer.BadParameter(f"expected a whole number of at least {least}, got {value!r}")
+        return number
+
+    return parse
+
+
+def _file_to_write(flag: typer.CallbackParam, path: Path | None) -> Path | None:
+    if path is not None and path.is_dir():
+        raise ValueError(f"{flag.opts[0]} {path}: expected a file to write, got a directory")
+    return _place_to_write(flag, path)
+
+
+def _directory_to_write(flag: typer.CallbackParam, path: Path | None) -> Path | None:
+    if path is not None and path.exists() and not path.is_dir():
+        raise ValueError(f"{flag.opts[0]} {path}: expected a directory, got a file")
+    return path if path is None or path.exists() else _place_to_write(flag, path)
+
+
+def _new_directory(flag: typer.CallbackParam, path: Path | None) -> Path | None:
+    if path is not None and path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{flag.opts[0]} {path}: expected a new or empty directory, found one with files")
+    _directory_to_write(flag, path)
+    return _place_to_write(flag, path)
+
+
+def _run_directory(flag: typer.CallbackParam, path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{flag.opts[0]} {path}: expected a new directory or a run to continue, found neither: a file")
+    _directory_to_write(flag, path)
+    return path
+
+
+def _place_to_write(flag: typer.CallbackParam, path: Path | None) -> Path | None:
+    """What is missing of the folders above is made; the last that is there must take an entry."""
+    if path is not None:
+        there = next((parent for parent in path.absolute().parents if parent.exists()), path)
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            what = "it may not be written to" if there.is_dir() else "it is a file"
+            raise ValueError(f"{flag.opts[0]} {path}: expected a place in a folder, got one in {there}, and {what}")
+    return path
+
+
+def _templates(flag: typer.CallbackParam, templates: list[str] | None) -> list[str] | None:
+    from tinyclip.evaluate.zeroshot import check_templates
+
+    if templates:
+        check_templates(templates, flag.opts[0])
+    return templates
+
+
+def _one_of(*known: str) -> Callable[[typer.CallbackParam, str], str]:
+    def check(flag: typer.CallbackParam, value: str) -> str:
+        if value not in known:
+            raise ValueError(f"{flag.opts[0]}: expected one of {', '.join(known)}, got {value!r}")
+        return value
+
+    return check
+
+
+def _sizes(flag: typer.CallbackParam, sizes: str | None) -> str | None:
+    parts = [] if sizes is None else sizes.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{flag.opts[0]}: expected numbers of at least 1 with commas, such as 1,8,32, got {sizes!r}")
+    return sizes
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A preset (see `tinyclip recipes`) or a YAML file.")
 ]
 RunOption = Annotated[  # torchrun takes "--run", wherever it stands, for a beginning of its own --run-path
-    Path, typer.Option("--run", "--run-dir", help="Directory of the run; an unfinished one is continued.")
+    Path,
+    typer.Option(
+        "--run", "--run-dir", callback=_run_directory, help="Directory of the run; an unfinished one is continued."
+    ),
 ]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads this annotation
@@ -54,7 +137,7 @@ RetrievalOption = Annotated[Optional[str], typer.Option(help="Pairs: a path or a
 ZeroshotOption = Annotated[Optional[str], typer.Option(help="Labelled images: a path or a spec.")]  # noqa: UP045
 TemplateOption = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(help="Template for --zeroshot such as 'a photo of a {}.'. Repeatable."),
+    typer.Option(callback=_templates, help="Template for --zeroshot such as 'a photo of a {}.'. Repeatable."),
 ]
 SuiteOption = Annotated[
     Optional[str],  # noqa: UP045
@@ -64,7 +147,9 @@ DataRootOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="The folder that the suite's data sets lie in."),
 ]
-WorkersOption = Annotated[int, typer.Option(help="Processes that read images.")]
+WorkersOption = Annotated[int, typer.Option(parser=_at_least(0), help="Processes that read images.")]
+BatchSizeOption = Annotated[int, typer.Option(parser=_at_least(1), help="Images that are embedded together.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda:1, ...")]
 
 
 @app.callback()
@@ -128,9 +213,9 @@ def evaluate(
     suite: SuiteOption = None,
     data_root: DataRootOption = None,
     probe: Annotated[bool, typer.Option("--probe", help="Linear probes of the suite's data sets too.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Also write the scores as JSON.")] = None,  # noqa: UP045
-    device: str = "auto",
-    batch_size: int = 64,
+    out: Annotated[Optional[Path], typer.Option(callback=_file_to_write, help="Also write the scores as JSON.")] = None,  # noqa: UP045
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 64,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -141,20 +226,25 @@ def evaluate(
     from tinyclip.evaluate import DEFAULT_TEMPLATES, with_interval
     from tinyclip.evaluate.scores import Evaluation
     from tinyclip.evaluate.scores import evaluate as evaluate_model
-    from tinyclip.evaluate.suites import run_suite
+    from tinyclip.evaluate.suites import check_suite, run_suite
     from tinyclip.run import write_text
 
     if retrieval is None and zeroshot is None and suite is None:
         raise ValueError("evaluate: expected --retrieval DATA, --zeroshot DATA or --suite NAME")
     if suite is None and (data_root is not None or probe):
         raise ValueError("evaluate: --data-root and --probe are for --suite NAME")
+    if template and zeroshot is None:
+        raise ValueError("evaluate: --template is for --zeroshot DATA")
+    if suite is not None:
+        check_suite(suite, data_root)
     wanted = Evaluation(
         retrieval=DataSpec.parse(retrieval) if retrieval is not None else None,
         zeroshot=DataSpec.parse(zeroshot) if zeroshot is not None else None,
         templates=tuple(template or DEFAULT_TEMPLATES),
     )
     prepare_cpu()
-    loaded = load_teacher(model).to(pick_device(device))
+    where = pick_device(device)
+    loaded = load_teacher(model).to(where)
     scores = evaluate_model(loaded, wanted, batch_size=batch_size, workers=workers, say=_say)
     results: dict[str, Any] = {}
     if suite is not None:
@@ -205,11 +295,13 @@ def compare(
     template: TemplateOption = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Also write it as JSON; RUN/compare.json is shown by `tinyclip report RUN`."),
+        typer.Option(
+            callback=_file_to_write, help="Also write it as JSON; RUN/compare.json is shown by `tinyclip report RUN`."
+        ),
     ] = None,
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Measure no milliseconds.")] = False,
-    device: str = "auto",
-    batch_size: int = 64,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 64,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -232,8 +324,7 @@ def compare(
         raise ValueError("compare: --data-root is for --suite NAME")
     if template and zeroshot is None:
         raise ValueError("compare: --template is for --zeroshot DATA")
-    if out is not None and out.is_dir():
-        raise ValueError(f"{out}: expected a file to write, got a directory")
+    where = pick_device(device)
     given = {"timing": not no_timing, "batch_size": batch_size, "workers": workers}
     settings = validated(Comparing, given, "compare")
     sets, absent = ([], []) if suite is None else open_suite(suite, data_root)
@@ -242,7 +333,7 @@ def compare(
         sets = [labelled_set(data_name(source), source, tuple(template or DEFAULT_TEMPLATES)), *sets]
     pairs = None if retrieval is None else open_source(retrieval)
     prepare_cpu()
-    theirs, ours = (load_teacher(name).to(pick_device(device)) for name in (teacher, student))
+    theirs, ours = (load_teacher(name).to(where) for name in (teacher, student))
     found = compare_models(theirs, ours, sets, pairs, settings, absent=absent, say=_say)
     if out is not None:
         write_text(out, to_json(found))
@@ -265,16 +356,20 @@ def benchmark(
     ] = "eager,compiled,onnx,int8",
     batch_sizes: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Tried for throughput, with commas; else 1,8,32."),
+        typer.Option(callback=_sizes, help="Tried for throughput, with commas; else 1,8,32."),
     ] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Of torch and onnxruntime alike.")] = None,  # noqa: UP045
-    rounds: Annotated[Optional[int], typer.Option(help="Each times every contender once; else 7.")] = None,  # noqa: UP045
-    device: str = "auto",
+    threads: Annotated[Optional[int], typer.Option(parser=_at_least(1), help="Of torch and onnxruntime alike.")] = None,  # noqa: UP045
+    rounds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(parser=_at_least(1), help="Each times every contender once; else 7."),
+    ] = None,
+    device: DeviceOption = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a fresh process.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, calls and batch sizes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Latency, throughput and memory, measured: models and ways to run them in turn, with ratios and their spread."""
+    from tinyclip.device import pick_device
     from tinyclip.evaluate.benchmark import QUICK, Benchmark, to_json
     from tinyclip.evaluate.benchmark import benchmark as measure
     from tinyclip.evaluate.benchmark_table import MIN_WIDTH, tables
@@ -290,6 +385,7 @@ def benchmark(
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = validated(Benchmark, {**(QUICK if quick else {}), **given}, "benchmark")
+    pick_device(device)  # refused before a model is loaded
     names = list(dict.fromkeys(models if against is None else [against, *models]))
     loaded = {name: _load_bare(name) for name in names}
     report = measure(loaded, settings, reference=against, say=_say)
@@ -330,7 +426,10 @@ def inspect(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; the first is the story.")],
-    out: Annotated[Optional[Path], typer.Option(help="The page to write. [default: RUN/report.html]")] = None,  # noqa: UP045
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(callback=_file_to_write, help="The page to write. [default: RUN/report.html]"),
+    ] = None,
     data: Annotated[Optional[str], typer.Option(help="Pairs for the retrieval examples: a path or a spec.")] = None,  # noqa: UP045
     no_examples: Annotated[bool, typer.Option("--no-examples", help="Load no model, show no examples.")] = False,
 ) -> None:
@@ -343,8 +442,10 @@ def report(
 @app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="huggingface, open_clip, tinyclip, onnx or onnx-int8.")],
-    out: Annotated[Path, typer.Option(help="A new directory.")],
+    to: Annotated[
+        str, typer.Option(callback=_one_of(*EXPORTS), help="huggingface, open_clip, tinyclip, onnx or onnx-int8.")
+    ],
+    out: Annotated[Path, typer.Option(callback=_new_directory, help="A new directory.")],
     pad: Annotated[bool, typer.Option("--pad", help="Make all blocks alike with zeros: exact, larger.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read it back and compare.")] = False,
 ) -> None:
@@ -360,12 +461,19 @@ def push(
         str, typer.Argument(metavar="MODEL", help="A run, stage or model directory, open_clip:ARCH/TAG or hf:ORG/NAME.")
     ],
     name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Of the repository on the Hugging Face hub.")],
-    to: Annotated[str, typer.Option(help="huggingface, open_clip or tinyclip.")] = "huggingface",
+    to: Annotated[
+        str, typer.Option(callback=_one_of(*EXPORTS[:3]), help="huggingface, open_clip or tinyclip.")
+    ] = "huggingface",
     private: Annotated[bool, typer.Option("--private", help="Nobody else sees the new repository.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that is there.")] = False,
     dry_run: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--dry-run", metavar="DIR", help="Write what would be uploaded into this new directory."),
+        typer.Option(
+            "--dry-run",
+            metavar="DIR",
+            callback=_new_directory,
+            help="Write what would be uploaded into this new directory.",
+        ),
     ] = None,
 ) -> None:
     """Put a model on the Hugging Face hub: verified files, and a model card that says where it comes from."""
@@ -388,13 +496,20 @@ def check_data(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A path or a spec (docs/data.md).")],
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="DIR", help="Also write check.json and a sheet of 48 pictures, pictures.webp."),
+        typer.Option(
+            metavar="DIR",
+            callback=_directory_to_write,
+            help="Also write check.json and a sheet of 48 pictures, pictures.webp.",
+        ),
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="MODEL", help="Whose tokens are counted; else those of OpenAI's CLIP."),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Read the first so many items only.")] = None,  # noqa: UP045
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(parser=_at_least(1), help="Read the first so many items only."),
+    ] = None,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -410,8 +525,6 @@ def check_data(
     from tinyclip.tokenizer import Tokenizer
 
     settings = validated(Checking, {"limit": limit, "workers": workers}, "data check")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a directory, got a file")
     source = open_source(data)
     tokenizer = Tokenizer.openai() if model is None else _load_bare(model).tokenizer
     if tokenizer is None:
@@ -553,7 +666,8 @@ def _main_command(stops: Sequence[Stopped]) -> None:
     warnings.simplefilter("default" if debug else "ignore")  # of dependencies: none fails a run, whatever -W says
     rank = os.environ.get("RANK", "0")  # among the processes that torchrun started
     try:
-        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])  # wherever it was typed
+        arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it was typed
+        sys.exit(app(args=arguments, standalone_mode=False) or 0)
     except (Interrupted, Stopped) as stop:
         _end(stop)
     except MainFailed:
@@ -561,9 +675,13 @@ def _main_command(stops: Sequence[Stopped]) -> None:
     except Exception as error:
         if stops:  # torch, in C, can put an error of its own in the place of a Stopped that passes through it
             _end(stops[0])
-        if debug or not isinstance(error, ValueError | OSError):
+        said = getattr(error, "format_message", None)  # of click's errors, whose class typer keeps to itself
+        if said is not None and not said():  # a command without arguments: they show its help
+            cast(Any, error).show()
+            sys.exit(2)
+        if said is None and (debug or not isinstance(error, ValueError | OSError)):
             raise
-        message = str(error)
+        message = str(error) if said is None else re.sub(r"^Invalid value for '(\S+)': ", r"\1: ", said())
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
         where = "" if rank == "0" else f"process {rank}: "

@@ -58,7 +58,7 @@ class Recipe(Config):
     stages: tuple[Stage, ...] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
     licenses: Licenses | None = Field(default=None, description="what is known of them; goes with the model")
-    seed: int = Field(default=0, description="of random starts, data order, crops and gates")
+    seed: int = Field(default=0, ge=0, lt=2**48, description="of random starts, data order, crops and gates")
     shard_teacher: bool = Field(
         default=False, description="split the teacher's weights over the processes, where one card cannot hold them"
     )

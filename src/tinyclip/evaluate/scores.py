@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tinyclip.config import Config
 from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec
 from tinyclip.evaluate.embed import Model
 from tinyclip.evaluate.retrieval import retrieval
-from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, zeroshot
+from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, check_templates, zeroshot
 
 
 class Evaluation(Config):
@@ -20,6 +20,12 @@ class Evaluation(Config):
     retrieval: DataSpec | None = Field(default=None, description="pairs: a path or a spec")
     zeroshot: DataSpec | None = Field(default=None, description="labelled images: a path or a spec")
     templates: tuple[str, ...] = Field(default=DEFAULT_TEMPLATES, description="zero-shot texts; {} is the class name")
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place_for_the_name(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        check_templates(templates, "zero-shot")
+        return templates
 
 
 def evaluate(

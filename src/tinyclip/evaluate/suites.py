@@ -241,6 +241,11 @@ def open_suite(suite: str, data_root: Path | None, *, split: Split = "test") -> 
     )
 
 
+def check_suite(suite: str, data_root: Path | None) -> None:
+    """Raises ValueError for an unknown suite or data set, and where the data root is needed and not there."""
+    _openers(suite, data_root)
+
+
 def run_suite(
     model: Model,
     suite: str,

@@ -85,8 +85,7 @@ def classifier(model: Model, class_names: Sequence[str | Sequence[str]], templat
     """
     if not callable(getattr(model, "encode_text", None)):
         raise ValueError("zero-shot: expected a model with a text tower, got one without")
-    if not templates or not all("{}" in template for template in templates):
-        raise ValueError(f'zero-shot: expected templates like "a photo of a {{}}.", got {list(templates)}')
+    check_templates(templates, "zero-shot")
     synonyms = [[names] if isinstance(names, str) else names for names in class_names]
     if len(synonyms) < 2:
         raise ValueError(f"zero-shot: expected at least 2 classes, got {len(synonyms)}: {synonyms}")
@@ -104,6 +103,12 @@ def classifier(model: Model, class_names: Sequence[str | Sequence[str]], templat
     text_TE = embed_texts(model, [text for texts in texts_of_row.values() for text in texts])
     sum_E = text_TE.new_zeros(len(rows), text_TE.shape[1]).index_add_(0, row_of_text_T, text_TE)
     return F.normalize(sum_E, dim=-1)[row_C]
+
+
+def check_templates(templates: Sequence[str], where: str) -> None:
+    """Raises ValueError where there is none, or one without {}."""
+    if not templates or not all("{}" in template for template in templates):
+        raise ValueError(f'{where}: expected templates like "a photo of a {{}}.", got {list(templates)}')
 
 
 def _as_read(model: Model, texts: Sequence[str]) -> tuple[object, ...]:
