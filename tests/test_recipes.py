@@ -227,7 +227,10 @@ def test_a_file_that_is_no_recipe_is_one_line(content, message, tmp_path):
             "techer: unknown field; known: data, device, evaluation, licenses, more_teachers, seed, "
             "shard_teacher, stages, start, store, teacher",
         ),
-        ({"stages__0__shrink__keep": 1}, "stages.0.shrink.keep: unknown field; known: image, keep_params, kind, text"),
+        (
+            {"stages__0__shrink__keep": 1},
+            "stages.0.shrink.keep: unknown field; known: embed_dim, image, keep_params, kind, t",
+        ),
         (
             {"stages__0__shrink": {"kind": "learn_masks", "keep_params": 0.5, "lr": 1}},
             "stages.0.shrink.lr: unknown field; known: initial_log_alpha, keep_params, kind, log_alpha_lr, "

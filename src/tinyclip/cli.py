@@ -87,12 +87,12 @@ def _place_to_write(flag: typer.CallbackParam, path: Path | None) -> Path | None
     return path
 
 
-def _templates(flag: typer.CallbackParam, templates: list[str] | None) -> list[str] | None:
+def _templates(flag: typer.CallbackParam, templates: list[str] | None) -> list[str]:
     from tinyclip.evaluate.zeroshot import check_templates
 
     if templates:
         check_templates(templates, flag.opts[0])
-    return templates
+    return templates or []  # an older typer does not take None
 
 
 def _one_of(*known: str) -> Callable[[typer.CallbackParam, str], str]:

@@ -215,9 +215,8 @@ def test_a_process_that_dies_is_a_reason_and_no_number():
     "arguments, message",
     [
         (["--backends", "eager,tensorrt"], f"backends: expected some of {', '.join(BACKENDS)}, got tensorrt"),
-        (["--batch-sizes", "8,0"], "benchmark: batch_sizes.1: Input should be greater than 0"),
-        (["--batch-sizes", "eight"], "benchmark: batch_sizes.0: Input should be a valid integer"),
-        (["--threads", "0"], "benchmark: threads: Input should be greater than 0"),
+        (["--batch-sizes", "8,0"], "--batch-sizes: expected numbers of at least 1 with commas"),
+        (["--batch-sizes", "eight"], "--batch-sizes: expected numbers of at least 1 with commas"),
         (["--device", "abacus"], "device: 'abacus' cannot be used here"),
     ],
 )

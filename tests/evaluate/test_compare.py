@@ -369,7 +369,7 @@ def test_json_is_the_same_and_nothing_else(runs, tiny):  # noqa: F811
         (["--data-root", ".", "--retrieval", "scenes"], "--data-root is for --suite NAME"),
         (["--template", "a {}.", "--retrieval", "scenes"], "--template is for --zeroshot DATA"),
         (["--retrieval", "scenes", "--out", "."], "expected a file to write, got a directory"),
-        (["--zeroshot", "scenes", "--batch-size", "0"], "compare: batch_size: "),
+        (["--zeroshot", "scenes", "--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
     ],
 )
 def test_a_mistake_is_one_line(tiny, options, message):  # noqa: F811
