@@ -63,6 +63,7 @@ EYES = "distill/test_objective.py::test_"
 CUT_OFF = "distill/test_train.py::test_masks_that_were_cut_off_continue_to_the_same_bits"
 EXACT = "distill/test_affinity.py::test_chunked_equals_the_definition"
 CUT = "shrink/test_keep.py::test_the_cut_model_equals_the_gated_model"
+NORM = "shrink/test_keep.py::test_a_gated_layernorm_is_that_of_the_open_channels_"
 TOWERS = "test_model.py::test_towers_equal_open_clip"
 RANKS = "test_distributed.py::test_value_and_every_gradient_equal_one_process"
 CROPS = "data/test_loader.py::test_"
@@ -228,6 +229,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "shrink/keep.py",
         ("the first neurons' biases are kept", 'block["ffn.up.bias"][neurons]', 'block["ffn.up.bias"][: len(neurons)]',
          CUT),
+        ("the embedding is cut in images alone", 'if ".projection." in name', 'if name == "image.projection.weight"',
+         "shrink/test_keep.py::test_a_cut_embedding_is_a_slice_of_the_whole_one_before_it_is_a_unit_vector"),
     ),
     *_of(
         "shrink/inherit.py",
@@ -252,9 +255,11 @@ MUTANTS: tuple[Mutant, ...] = (
          "distill/test_train.py::test_bf16_keeps_similarities_and_weights_in_fp32"),
         ("the scale is its logarithm", "self.logit_scale.exp().clamp(max=MAX_SCALE)", "self.logit_scale.clone()",
          "test_model.py::test_the_scale_is_at_most_100_and_comes_back_from_there"),
-        ("a gated LayerNorm takes the mean of all channels", "x.mean(-1, keepdim=True) / share",
-         "x.mean(-1, keepdim=True)", CUT),
-        ("a gated LayerNorm takes the variance of all channels", "centred * share.rsqrt()", "centred", CUT),
+        ("a gated LayerNorm puts closed channels at the first", "torch.lerp(x.sum(-1, keepdim=True) / num_open, x",
+         "torch.lerp(x[..., :1], x", CUT),
+        ("a gated LayerNorm takes the variance of all channels", "open_D * stretch)", "open_D)", CUT),
+        ("a gated LayerNorm takes its mean once", "x.detach().sum(-1, keepdim=True) / num_open, value=-1",
+         "x.detach()[..., :1], value=0", f"{NORM}also_where_their_values_are_equal_or_nearly_so"),
         ("scores of images are not divided by sqrt(K)", "q_GQK * K**-0.5", "q_GQK", TOWERS),
         ("scores of texts are not divided by sqrt(K)", "alpha=K**-0.5", "alpha=1.0", TOWERS),
         ("texts see one token ahead", "-torch.inf).triu(1)", "-torch.inf).triu(2)", TOWERS),
@@ -361,10 +366,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "evaluate/zeroshot.py",
-        ("a class of many words is nearer to all", "return F.normalize(sum_CE, dim=-1)", "return sum_CE",
+        ("a class of many words is nearer to all", "return F.normalize(sum_E, dim=-1)[row_C]", "return sum_E[row_C]",
          "evaluate/test_zeroshot.py::test_a_class_is_the_mean_over_synonyms_and_templates"),
         ("top 5 is top 4", "scores | (interval(rank_I <= 5)", "scores | (interval(rank_I < 5)",
          "evaluate/test_zeroshot.py::test_scores_of_answers_by_eye"),
+        ("of equal classes the last wins", "device=label_R.device) < label_R", "device=label_R.device) > label_R",
+         "evaluate/test_zeroshot.py::test_of_equally_similar_classes_the_first_wins_as_by_argmax"),
+        ("words in capitals are other words", "tokenizer(list(texts)) if callable(tokenizer)", "None if tokenizer",
+         "evaluate/test_zeroshot.py::test_classes_of_the_same_tokens_have_the_same_row"),
         ("only the first template counts", "for name in names for template in templates]",
          "for name in names for template in [templates[0]] * len(templates)]",
          "evaluate/test_zeroshot.py::test_a_class_is_the_mean_over_synonyms_and_templates"),
