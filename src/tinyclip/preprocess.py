@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyclip.data.decode import Jpeg
+from tinyclip.data.decode import Jpeg, to_rgb
 from tinyclip.device import to_device
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; open_clip/constants.py
@@ -86,14 +86,6 @@ class Preprocess(BaseModel):
     def same_pixels(self, other: Preprocess) -> bool:
         """Whether the uint8 pixels made for one can be given to the other."""
         return (self.size, self.interpolation, self.resize) == (other.size, other.interpolation, other.resize)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with whatever is transparent laid on white."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -157,6 +157,22 @@ def test_a_shard_s_duplicates_flags_and_broken_items_are_found(shard, tokenizer)
     assert report.flags["NSFW"] == {"n": 1, "different": 1, "values": {"UNLIKELY": 1}}
 
 
+def test_modes_turned_pictures_and_what_folders_leave_out_are_counted(tmp_path, tokenizer):
+    exif, drawn = Image.Exif(), Scenes("train", 1).image(0)
+    exif[0x0112] = 6
+    for name in ("cat", "dog", ".hidden"):
+        (tmp_path / name).mkdir()
+        drawn.save(tmp_path / name / "turned.jpg", exif=exif)
+    drawn.save(tmp_path / "cat/palette.png")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "cat/deep.tif")
+    Image.new("F", (8, 8)).save(tmp_path / "dog/floats.tif")
+    shown = dict(rows(check(open_source(f"{tmp_path}?caption=label"), tokenizer)))
+    assert shown["images"] == "4 (JPEG 2, TIFF 1, PNG 1)" and shown["broken"] == "1"
+    assert shown["colour modes"] == "RGB 3, I;16 1" and shown["turned as their EXIF says"] == "2"
+    assert shown["  a picture of mode F: viewers do not agree on what is white"] == "1"
+    assert shown["left out: images that are hidden, or in a hidden folder"] == "1"
+
+
 @pytest.mark.parametrize("kind", ["tsv", "parquet", "filtered", "mixture"])
 def test_a_table_s_flags_are_found(tmp_path, tokenizer, kind, monkeypatch):
     monkeypatch.setenv("TINYCLIP_CACHE", str(tmp_path / "cache"))

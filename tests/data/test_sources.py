@@ -298,8 +298,8 @@ def test_a_template_with_a_single_brace_is_refused(table):
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
 def test_class_folders_are_labelled_with_their_names(tmp_path, form):
-    files = {f"val/{colour}/1.png": png(colour) for colour in ("blue", "red")}
-    files |= {"val/red/notes.txt": b"", "__MACOSX/val/red/._1.png": b""}
+    files = {f"{colour}/1.png": png(colour) for colour in ("blue", "red")}
+    files |= {"red/notes.txt": b"", "__MACOSX/red/._1.png": b""}
     path = tmp_path / ("set.zip" if form == "zip" else "set")
     if form == "zip":
         write_zip(path, files)
@@ -383,7 +383,11 @@ def test_files_that_are_no_item_are_counted(tmp_path):
         (tmp_path / "set" / name).write_bytes(png("red"))
     source = open_source(f"{tmp_path}/set?caption=label")
     assert len(source) == 2
-    assert left_out(source) == {"files that are no .jpg, .jpeg, .png, .webp": 1, "images in no class folder": 1}
+    assert left_out(source) == {
+        "files that are no .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp": 1,
+        "images in no class folder": 1,
+        "images that are hidden, or in a hidden folder": 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class Seen:
     key: str
     broken: str | None = None
     format: str = ""
+    mode: str = ""  # that the file has
+    is_turned: bool = False  # by its EXIF
     size: tuple[int, int] = (0, 0)  # width, height
     pixels: bytes = b""  # digest
     captions: tuple[bytes, ...] = ()  # digests
@@ -82,6 +84,8 @@ class Report:
     without_caption: int  # images
     classes: int  # different labels
     formats: dict[str, int]
+    modes: dict[str, int]  # Pillow's names of what the files hold; RGB is made of all
+    turned: int  # images that their EXIF orientation turns
     width: Spread | None
     height: Spread | None
     shortest_side: Spread | None
@@ -134,6 +138,8 @@ class _Look:
             return Seen(
                 key=key,
                 format=image.format or "drawn",
+                mode=image.info.get("mode", image.mode),
+                is_turned=image.info.get("turned", False),
                 size=image.size,
                 pixels=digest_of(image),
                 captions=tuple(
@@ -172,6 +178,8 @@ def summary(source: Source, seen: Sequence[Seen], context_length: int) -> Report
         without_caption=sum(not item.captions for item in good),
         classes=len({item.label for item in good} - {None}),
         formats=_most_common(item.format for item in good),
+        modes=_most_common(item.mode for item in good),
+        turned=sum(item.is_turned for item in good),
         width=spread([item.size[0] for item in good]),
         height=spread([item.size[1] for item in good]),
         shortest_side=spread([min(item.size) for item in good]),
@@ -247,6 +255,8 @@ def rows(report: Report) -> list[tuple[str, str]]:
     found = [
         ("items", f"{report.items:,}" + ("" if report.seen == report.items else f", the first {report.seen:,} read")),
         ("images", f"{report.images:,} ({_counts(report.formats)})" if report.images else "none"),
+        ("colour modes", _counts(report.modes) or "none"),
+        ("turned as their EXIF says", f"{report.turned:,}"),
         ("broken", f"{report.broken:,}"),
         *((f"  {reason}", f"{count:,}") for reason, count in list(report.broken_reasons.items())[:NUM_NAMED]),
         *(("  for instance", f"{key}: {reason}") for key, reason in report.broken_items),

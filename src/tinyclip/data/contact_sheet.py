@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from tinyclip.data.decode import BadItem
+from tinyclip.data.decode import BadItem, to_rgb
 from tinyclip.data.sources import Source
-from tinyclip.preprocess import to_rgb
 
 NUM_PICTURES = 48
 COLUMNS = 8

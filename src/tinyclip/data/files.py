@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import takewhile
@@ -12,6 +14,7 @@ from zipfile import BadZipFile, ZipFile
 from tinyclip.data.decode import BadItem
 
 MAX_BYTES = 2**28  # of one file inside an archive
+NOT_SHOWN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # folders of systems, with files named like images
 
 
 def check_size(size: int, what: str = "bytes") -> None:
@@ -35,7 +38,19 @@ def plain_name(name: str) -> str:
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not shown to people: .ipynb_checkpoints, ._1.jpg, __MACOSX."""
+    return name.startswith(".") or name in NOT_SHOWN
+
+
+def class_folders(path: Path) -> list[str]:
+    """The folders of a folder that are not hidden, and links to folders; sorted, as torchvision numbers classes."""
+    return sorted(part.name for part in path.iterdir() if part.is_dir() and not is_hidden(part.name))
+
+
 class Folder:
+    """Links are followed, but for those that lead back to a folder above them."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -45,8 +60,13 @@ class Folder:
         except OSError:  # longer than a name can be
             return False
 
-    def names(self) -> list[str]:
-        return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
+    def names(self, left_out: Counter[str]) -> list[str]:
+        """The paths of files, and of folders with a / behind; what is neither is counted."""
+        return list(_walk(self.path, "", (), left_out))
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """A path's folders, and the file."""
+        return tuple(name.rstrip("/").split("/"))
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -59,19 +79,50 @@ class Folder:
             yield stat.st_size, stat.st_mtime_ns
 
 
+def _walk(root: Path, folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> Iterator[str]:
+    stat = os.stat(root / folder)
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        left_out["links to a folder above them"] += 1
+        return
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            name = folder + entry.name
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                is_folder = is_file = False
+            if is_folder:
+                yield f"{name}/"
+                yield from _walk(root, f"{name}/", (*above, here), left_out)
+            elif is_file:
+                yield name
+            else:
+                left_out["links that lead nowhere" if entry.is_symlink() else "devices, pipes and sockets"] += 1
+
+
 class Zip:
+    """Raises ValueError for what is no zip, is damaged, or holds two files of one name."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.names()
+            names = self.names(Counter())
         except BadZipFile as error:
             raise ValueError(f"{path}: not a zip file, or damaged: {error}") from None
+        if twice := [name for name, count in Counter(map(plain_name, names)).items() if count > 1 and not name.endswith("/")]:
+            raise ValueError(f"{path}: expected one file of each name, it holds {twice[0]!r} twice")
 
     def __contains__(self, name: str) -> bool:
         return name in _open_zip(self.path, os.getpid()).NameToInfo
 
-    def names(self) -> list[str]:
+    def names(self, left_out: Counter[str]) -> list[str]:
+        """The paths of files, and of folders with a / behind."""
         return _open_zip(self.path, os.getpid()).namelist()
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """A path's folders, and the file, without what leads outside; some programs of Windows write a backslash."""
+        return tuple(part for part in re.split(r"[/\\]", name) if part not in ("", ".", ".."))
 
     def read(self, name: str) -> bytes:
         archive = _open_zip(self.path, os.getpid())

@@ -6,7 +6,7 @@ import codecs
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ from PIL import Image
 
 from tinyclip.data.cache import digest
 from tinyclip.data.decode import BadItem, decode
-from tinyclip.data.files import Folder, Zip, open_files, plain_name
+from tinyclip.data.files import Folder, Zip, is_hidden, open_files, plain_name
 from tinyclip.data.flags import flags_in
-from tinyclip.data.shards import EXTENSIONS
 from tinyclip.data.spec import DataSpec
 from tinyclip.data.texts import WITHOUT_CAPTION, Words, joined
 
 DELIMITERS = ",;|"  # beside the tab
+IMAGE_FOLDER = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's endings
 IMAGE_COLUMNS = ("file", "filepath", "image", "filename", "path")
 Row = Mapping[str, Any]
 
@@ -76,20 +76,42 @@ def open_table(spec: DataSpec) -> Listed:
 
 
 def open_folders(spec: DataSpec) -> Listed:
-    """A folder or .zip whose images lie in folders named after their class: a table with the columns file and label."""
+    """A folder or .zip of class folders: a table with the columns file and label.
+
+    Images, classes and their order are those of torchvision's ImageFolder, without what is hidden. In a .zip a folder
+    around all class folders changes nothing. Raises ValueError where all classes seem to lie in one folder.
+    """
     files = open_files(Path(spec.path))
-    rows, left_out = [], Counter()
-    for name in sorted(files.names()):
-        path = PurePosixPath(name)
-        if name.endswith("/") or path.name.startswith("."):
+    left_out, images, folders = Counter(), [], set()
+    for name in files.names(left_out):
+        parts = files.parts(name)
+        is_folder, is_image = name.endswith("/"), parts[-1:] and PurePosixPath(parts[-1]).suffix.lower() in IMAGE_FOLDER
+        if any(map(is_hidden, parts)):
+            left_out["images that are hidden, or in a hidden folder"] += bool(is_image and not is_folder)
             continue
-        if path.suffix[1:].lower() not in EXTENSIONS:
-            left_out[f"files that are no .{', .'.join(EXTENSIONS)}"] += 1
-        elif not path.parent.name:
+        folders.add(parts if is_folder else parts[:-1])
+        if not is_folder and not is_image:
+            left_out[f"files that are no {', '.join(IMAGE_FOLDER)}"] += 1
+        elif not is_folder and len(parts) == 1:
             left_out["images in no class folder"] += 1
-        else:
-            rows.append({"file": name, "label": path.parent.name})
-    return listed(spec.model_copy(update={"label": "label"}), files, ["file", "label"], rows, "file", left_out)
+        elif not is_folder:
+            images.append((parts, name))
+    depth = _num_around([parts[:-1] for parts, _ in images]) if isinstance(files, Zip) else 0
+    classes = {parts[depth] for parts, _ in images}
+    if len(classes) == 1 and any(len(parts) > depth + 2 for parts, _ in images):
+        raise ValueError(
+            f"{spec.path}: expected a folder for each class, its one folder {classes.pop()!r} holds folders"
+        )
+    left_out["class folders without an image"] = len({own[depth] for own in folders if len(own) > depth} - classes)
+    images.sort(key=lambda image: (image[0][depth], "/".join(image[0][:-1]), image[0][-1]))  # as ImageFolder walks
+    rows = [{"file": name, "label": parts[depth]} for parts, name in images]
+    return listed(spec.model_copy(update={"label": "label"}), files, ["file", "label"], rows, "file", +left_out)
+
+
+def _num_around(folders: Sequence[tuple[str, ...]]) -> int:
+    """How many folders stand around the class folders: those that all images share, unless they are a class."""
+    shared = sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*folders, strict=False)))
+    return max(min([shared, *(len(own) - 1 for own in folders)]), 0)
 
 
 def image_column(spec: DataSpec, columns: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from tinyclip.config import Config
+from tinyclip.data.files import class_folders
 from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec, is_remote, joined_paths
 from tinyclip.evaluate.datasets import (
@@ -476,8 +477,7 @@ def _from_folder(name: str, row: DataSet, folder: Path, split: Split) -> Labelle
     if row.folders == "wnids":
         return _from_wnids(name, row, path, texts)
     if row.folders == "sorted" and texts.class_names is not None:
-        found = sorted(part.name for part in path.iterdir() if part.is_dir())
-        numbers = {part: number for number, part in enumerate(found)}
+        numbers = {part: number for number, part in enumerate(class_folders(path))}
         return open_folder(path, name, texts, numbers=numbers, metric=row.metric)
     return open_folder(path, name, texts, metric=row.metric)
 
@@ -492,7 +492,7 @@ def _needed(name: str) -> Texts:
 
 def _from_wnids(name: str, row: DataSet, path: Path, texts: Texts) -> LabelledSet:
     """Folders are named after WordNet ids, or are numbers as in ImageNet-V2. A and R have some of the classes."""
-    folders = sorted(part.name for part in path.iterdir() if part.is_dir())
+    folders = class_folders(path)
     if all(folder.isdigit() for folder in folders) or texts.class_names is None:
         return open_folder(path, name, texts, metric=row.metric)
     name_of = dict(zip(imagenet_wnids(), texts.class_names, strict=True))
