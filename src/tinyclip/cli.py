@@ -220,6 +220,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of a model, on data of your own or on a suite of data sets."""
+    from tinyclip.data.loader import LeftOut
     from tinyclip.data.spec import DataSpec
     from tinyclip.device import pick_device, prepare_cpu
     from tinyclip.distill.teacher import load_teacher
@@ -245,10 +246,14 @@ def evaluate(
     prepare_cpu()
     where = pick_device(device)
     loaded = load_teacher(model).to(where)
-    scores = evaluate_model(loaded, wanted, batch_size=batch_size, workers=workers, say=_say)
+    left_out = LeftOut(_say)
+    reading = {"batch_size": batch_size, "workers": workers, "say": _say, "left_out": left_out}
+    scores = evaluate_model(loaded, wanted, **reading)
     results: dict[str, Any] = {}
     if suite is not None:
-        results = run_suite(loaded, suite, data_root, probe=probe, batch_size=batch_size, workers=workers, say=_say)
+        results = run_suite(loaded, suite, data_root, probe=probe, **reading)
+    elif left_out.counts:
+        results = {"left_out": left_out.counts}
     if out is not None:
         write_text(out, json.dumps(scores | results, indent=2))
     if as_json:

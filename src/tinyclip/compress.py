@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from tinyclip import run
 from tinyclip.check import check_data, check_rules
-from tinyclip.data.sources import Source, left_out, open_source
+from tinyclip.data.loader import LeftOut
+from tinyclip.data.sources import Source, open_source
 from tinyclip.device import pick_device, prepare_cpu
 from tinyclip.distill.store import Stored
 from tinyclip.distill.teacher import Teacher, load_teacher
@@ -57,8 +58,7 @@ def compress(
     world.on_main(check_rules, recipe, student)
     world.on_main(check_data, recipe, source, student, world)
     say = say if world.is_main else _nothing
-    for reason, count in left_out(source).items():
-        say(f"{source.name}: {count:,} left out: {reason}")
+    LeftOut(say).opened(source)
     setup = Setup(recipe, source, teachers, student.config.prunable_params, say, world)
     inputs = run.inputs_of(source, teachers)
     world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
@@ -104,7 +104,8 @@ def record_teacher(teachers: Sequence[Teacher], run_dir: Path, setup: Setup) -> 
     if not teachers or setup.world.on_main(run.has_teacher, run_dir):
         return
     asked = (teachers[0], setup.recipe.evaluation)
-    scores = evaluate(*asked) if teachers[0].sharded else setup.world.on_main(evaluate, *asked)
+    say = setup.say
+    scores = evaluate(*asked, say=say) if teachers[0].sharded else setup.world.on_main(evaluate, *asked, say=say)
     setup.world.on_main(run.record_teacher, run_dir, teachers[0], scores)
 
 

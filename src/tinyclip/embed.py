@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tinyclip import run
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import Source, open_source
 from tinyclip.device import pick_device, prepare_cpu
 from tinyclip.distill.store import Stored, store_teacher
@@ -27,6 +28,7 @@ def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, 
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
     teachers = placed([load_teacher(teacher) for teacher in recipe.teachers], recipe, device, world)
+    LeftOut(say if world.is_main else None).opened(source)
     world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
     with run.exclusive(run_dir, world):
         return stored(teachers, source, recipe, run_dir, say=say, world=world)[0].directory

@@ -35,7 +35,7 @@ class ColourModel(nn.Module):
 
 
 class Pictures:
-    """Items (colour or None for a corrupt image, captions, label)."""
+    """Items (colour or None for a corrupt image, captions, label). A text that is the word broken cannot be read."""
 
     name = "toy"
 
@@ -54,10 +54,16 @@ class Pictures:
         return Image.new("RGB", (8, 8), COLOURS[self.items[index][0]])
 
     def captions(self, index):
-        return self.items[index][1]
+        return self._read(self.items[index][1])
 
     def label(self, index):
-        return self.items[index][2]
+        return self._read(self.items[index][2])
+
+    @staticmethod
+    def _read(text):
+        if text == "broken":
+            raise BadItem("no JSON")
+        return text
 
 
 @pytest.fixture

@@ -110,7 +110,8 @@ class Zip:
             names = self.names(Counter())
         except BadZipFile as error:
             raise ValueError(f"{path}: not a zip file, or damaged: {error}") from None
-        if twice := [name for name, count in Counter(map(plain_name, names)).items() if count > 1 and not name.endswith("/")]:
+        counts = Counter(plain_name(name) for name in names if not name.endswith("/"))
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"{path}: expected one file of each name, it holds {twice[0]!r} twice")
 
     def __contains__(self, name: str) -> bool:

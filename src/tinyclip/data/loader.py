@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tinyclip.data import order
-from tinyclip.data.sources import BadItem, Source
+from tinyclip.data.sources import BadItem, Source, left_out
 from tinyclip.data.texts import NO_CAPTION, draw
 from tinyclip.distributed import ALONE, World, local_share
 from tinyclip.preprocess import Preprocess, stack
@@ -248,6 +248,30 @@ def examples(skipped: Skipped) -> str:
     lacks = any(reason == NO_CAPTION for _, reason in skipped)
     hint = "; the data's key min_caption_chars=1 leaves out what has no caption" * lacks
     return ": " * bool(skipped) + "; ".join(f"{key}: {reason}" for key, reason in skipped[:3]) + hint
+
+
+class LeftOut:
+    """What is left out of the sets that are read: how many items, by the set's name and by reason.
+
+    `say` is told a line for each, once however often the set is read.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self.say = say
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def opened(self, source: Source, name: str | None = None) -> None:
+        """Counts what opening the set left out."""
+        for reason, number in left_out(source).items():
+            self.add(name or source.name, reason, number)
+
+    def add(self, name: str, reason: str, number: int, skipped: Skipped | None = None) -> None:
+        """`skipped` are some of the items, which are named."""
+        counts = self.counts.setdefault(name, {}) if number else {}
+        if number and counts.get(reason) != number:
+            counts[reason] = number
+            if self.say is not None:
+                self.say(f"{name}: {number:,} left out: {reason}{examples(skipped or [])}")
 
 
 class _Results(Dataset, Generic[T]):

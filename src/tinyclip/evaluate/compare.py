@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tinyclip.config import Config
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import BadItem, Source
 from tinyclip.data.thumbnail import thumbnail
 from tinyclip.distill.teacher import Teacher
@@ -180,6 +181,7 @@ class Comparison:
     value: dict[str, float]  # cost of both, score per cost, and ratios student / teacher
     value_of: str  # the score that is divided by the cost
     not_measured: dict[str, str] = field(default_factory=dict)  # name: why
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)  # items, by set and reason
 
 
 class Both(NamedTuple):
@@ -207,18 +209,18 @@ def compare(
     Raises ValueError where there is nothing to compare on, and what `answers` and `ranks` raise.
     """
     usable = [one for one in sets if one.label_sets is None]
-    left_out = [*absent, *(Absent(one.name, NEITHER) for one in sets if one.label_sets is not None)]
+    absent = [*absent, *(Absent(one.name, NEITHER) for one in sets if one.label_sets is not None)]
     if not usable and pairs is None:
-        raise ValueError(f"compare: expected labelled images or pairs, got none{_reasons(left_out)}")
-    models, losses, rights = Both(teacher, student), [], []
+        raise ValueError(f"compare: expected labelled images or pairs, got none{_reasons(absent)}")
+    models, losses, rights, left_out = Both(teacher, student), [], [], LeftOut(say)
     for labelled in usable:
         say(f"comparing on {labelled.name}: {len(labelled)} images, {len(labelled.class_names)} classes")
-        loss, right = _data_set(models, labelled, settings, settings.picture_bytes // len(usable), say)
+        loss, right = _data_set(models, labelled, settings, settings.picture_bytes // len(usable), left_out, say)
         losses.append(loss)
         rights.append(right)
     if pairs is not None:
         say(f"comparing on {data_name(pairs)}: {len(pairs)} images with their texts")
-    retrieved = None if pairs is None else _retrieval(models, pairs, settings)
+    retrieved = None if pairs is None else _retrieval(models, pairs, settings, left_out)
     overall, verdict = _overall(rights)
     value, value_of, missing = _value(models, losses, retrieved, settings, say)
     if teacher.embed_dim != student.embed_dim:
@@ -230,11 +232,12 @@ def compare(
         overall=overall,
         overall_verdict=verdict,
         data_sets=tuple(losses),
-        absent=tuple(one._asdict() for one in left_out),
+        absent=tuple(one._asdict() for one in absent),
         retrieval=retrieved,
         value=value,
         value_of=value_of,
         not_measured=missing,
+        left_out=left_out.counts,
     )
 
 
@@ -264,9 +267,15 @@ class Right(NamedTuple):
 
 
 def _data_set(
-    models: Both, labelled: LabelledSet, settings: Comparing, picture_bytes: int, say: Callable[[str], None]
+    models: Both,
+    labelled: LabelledSet,
+    settings: Comparing,
+    picture_bytes: int,
+    left_out: LeftOut,
+    say: Callable[[str], None],
 ) -> tuple[DataSetLoss, Right]:
-    found = models.map(lambda model: answers(model, labelled, batch_size=settings.batch_size, workers=settings.workers))
+    reading = {"batch_size": settings.batch_size, "workers": settings.workers, "left_out": left_out}
+    found = models.map(lambda model: answers(model, labelled, **reading))
     for line in set(found.map(lambda own: alike_line(own.class_CE, labelled.class_names))) - {None}:
         say(f"{labelled.name}: {line}")
     label_I = found.teacher.label_I
@@ -528,15 +537,19 @@ class Embedded(NamedTuple):
     image_of_text_T: Tensor
 
 
-def _embedded(model: Teacher, source: Source, captions: Mapping[int, tuple[str, ...]], settings: Comparing) -> Embedded:
-    texts, image_IE = embed_images(model, source, captions, batch_size=settings.batch_size, workers=settings.workers)
+def _embedded(
+    model: Teacher, source: Source, captions: Mapping[int, tuple[str, ...]], reading: Mapping[str, Any]
+) -> Embedded:
+    texts, image_IE = embed_images(model, source, captions, **reading)
     image_of_text_T = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(own) for own in texts]))
     return Embedded(image_IE, embed_texts(model, [text for own in texts for text in own]), image_of_text_T)
 
 
-def _retrieval(models: Both, source: Source, settings: Comparing) -> RetrievalLoss:
-    captions = texts_of(source, source.captions, "captions")
-    embedded = models.map(lambda model: _embedded(model, source, captions, settings))
+def _retrieval(models: Both, source: Source, settings: Comparing, left_out: LeftOut) -> RetrievalLoss:
+    name = data_name(source)
+    captions = texts_of(source, source.captions, "captions", left_out, name)
+    reading = {"batch_size": settings.batch_size, "workers": settings.workers, "left_out": left_out, "name": name}
+    embedded = models.map(lambda model: _embedded(model, source, captions, reading))
     found = embedded.map(lambda own: ranks(*own))
     differences = recall_differences(found.student, found.teacher)
     images, texts = (embedded.map(lambda own, side=side: own[side]) for side in (0, 1))
@@ -548,7 +561,7 @@ def _retrieval(models: Both, source: Source, settings: Comparing) -> RetrievalLo
     for way, teacher_Q, student_Q in zip(("image_to_text", "text_to_image"), *first, strict=True):
         scores |= interval(teacher_Q == student_Q).scores(f"{way}_agreement")
     return RetrievalLoss(
-        name=data_name(source),
+        name=name,
         images=len(images.teacher),
         texts=len(texts.teacher),
         verdicts={name: verdict_of(difference) for name, difference in differences.items()},

@@ -41,6 +41,8 @@ def words(comparison: Comparison) -> Iterator[str]:
         yield f"{name}: {why}"
     for one in comparison.absent:
         yield f"absent: {one['name']}: {one['why']}"
+    for name, reasons in comparison.left_out.items():
+        yield f"left out of {name}: {', '.join(f'{number:,} {reason}' for reason, number in reasons.items())}"
 
 
 def _scores(scores: Mapping[str, float], name: str, verdict: str | None) -> str:

@@ -24,9 +24,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from PIL import Image
 
-from tinyclip.data.decode import BadItem, decode, one_line
+from tinyclip.data.decode import BadItem, decode, one_line, to_rgb
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.shards import Tars
-from tinyclip.data.sources import Source, open_source
+from tinyclip.data.sources import Source, left_out, open_source
 from tinyclip.evaluate.embed import texts_of
 from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES
 from tinyclip.formats.files import read_json
@@ -95,10 +96,11 @@ NO_TEXTS = Texts()
 
 
 class Subset:
-    """Some items of another source."""
+    """Some items of another source; `why` says what is left out."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+    def __init__(self, source: Source, indices: Sequence[int], why: Mapping[str, int]) -> None:
         self.name, self._source, self._indices = source.name, source, tuple(indices)
+        self.left_out = left_out(source) | dict(why)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -125,6 +127,7 @@ class ByClass:
 
     def __init__(self, labelled: LabelledSet) -> None:
         self.name, self._labelled, self._labels = labelled.name, labelled, list[tuple[str, ...]]()
+        self.left_out = left_out(labelled.source)
         seen: Counter[tuple[str, ...]] = Counter()
         for names in labelled.class_names:
             self._labels.append((*names, str(seen[names])))
@@ -160,7 +163,7 @@ class Pairs:
 
     def image(self, index: int) -> Image.Image:
         try:
-            return self._pairs[index][0]
+            return to_rgb(self._pairs[index][0])
         except Exception as error:  # whatever a broken file makes Pillow raise
             raise BadItem(one_line(error)) from error
 
@@ -220,14 +223,15 @@ def labelled_set(
     metric: str = "accuracy",
     class_names: Mapping[str, Sequence[str]] | Names | None = None,
 ) -> LabelledSet:
-    """A labelled source; its items without a label, or with one that cannot be read, are left out.
+    """A labelled source; its items without a label, or with one that cannot be read, are left out, and counted.
 
     The classes are the labels that occur, sorted: by number where all are numbers. `class_names` gives their names by
     label, or in this order; numbers are then positions in it. Raises ValueError where their number does not match.
     """
-    labels = texts_of(source, source.label, "labels")
+    dropped = LeftOut()
+    labels = texts_of(source, source.label, "labels", dropped)
     if len(labels) < len(source):
-        source = Subset(source, tuple(labels))
+        source = Subset(source, tuple(labels), dropped.counts[source.name])
     found = tuple(sorted(set(labels.values()), key=_order))
     numbers, names = _numbered(name, found, class_names)
     return LabelledSet(name, source, tuple(numbers[own] for own in labels.values()), names, tuple(templates), metric)
@@ -325,7 +329,9 @@ def open_folder(
     keep = [index for index, label in enumerate(labels) if label in numbers]
     class_names = texts.class_names or ()
     own = tuple(numbers[labels[index]] for index in keep)
-    return LabelledSet(name, Subset(source, keep), own, class_names, texts.templates or DEFAULT_TEMPLATES, metric)
+    others = Counter({"images in folders that are no class of it": len(labels) - len(keep)})
+    subset = Subset(source, keep, +others)
+    return LabelledSet(name, subset, own, class_names, texts.templates or DEFAULT_TEMPLATES, metric)
 
 
 def _folder_numbers(name: str, folders: Sequence[str], texts: Texts) -> tuple[dict[str, int], Texts]:

@@ -9,19 +9,20 @@ Shape legend: I images, T texts, Q queries, C candidates, R queries in a tile, K
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tinyclip.data.loader import EvalBatches
+from tinyclip.data.loader import EvalBatches, LeftOut, examples
 from tinyclip.data.sources import BadItem, Source
 from tinyclip.preprocess import Preprocess
 
 TEXTS_PER_BATCH = 256
 QUERIES_PER_CHUNK = 256
+NUM_NAMED = 3  # images that cannot be read
 CANDIDATES_PER_CHUNK = 32_768  # at most: a tile of 256 x 32,768 in fp64 is 67 MB
 
 
@@ -55,16 +56,28 @@ def evaluating(model: Model) -> Iterator[None]:
             module.training = True
 
 
-def texts_of(source: Source, read: Callable[[int], Sequence[str] | None], noun: str) -> dict[int, tuple[str, ...]]:
-    """Captions or labels by item, of the items that have any; an item that cannot be read has none.
+def texts_of(
+    source: Source,
+    read: Callable[[int], Sequence[str] | None],
+    noun: str,
+    left_out: LeftOut | None = None,
+    name: str | None = None,
+) -> dict[int, tuple[str, ...]]:
+    """Captions or labels by item, of the items that have any; the others are counted in `left_out`, the set by `name`.
 
     Raises ValueError where no item has any.
     """
-    texts = {}
+    texts, broken = {}, []
     for index in range(len(source)):
-        with suppress(BadItem):
+        try:
             if own := read(index):
                 texts[index] = tuple(own)
+        except BadItem as error:
+            broken.append((source.key(index), str(error)))
+    if left_out is not None:
+        left_out.opened(source, name)
+        left_out.add(name or source.name, f"items without {noun}", len(source) - len(texts) - len(broken))
+        left_out.add(name or source.name, f"items whose {noun} cannot be read", len(broken), broken)
     if not texts:
         raise ValueError(f"{source.name}: expected {noun}, none of the {len(source)} items has any")
     return texts
@@ -78,11 +91,14 @@ def embed_images(
     batch_size: int,
     workers: int,
     encode: Callable[[Tensor], Tensor] | None = None,
+    left_out: LeftOut | None = None,
+    name: str | None = None,
 ) -> tuple[list[tuple[str, ...]], Tensor]:
     """Of the items in `texts` whose image can be read: the texts, and the images' unit embeddings [I, E].
 
-    With `encode`, what it makes of uint8 pixels [B, 3, S, S] instead. Raises ValueError where the model has no
-    preprocessing, and where no image can be read.
+    With `encode`, what it makes of uint8 pixels [B, 3, S, S] instead. The items of `texts` whose image cannot be read
+    are counted in `left_out`, the set by `name`. Raises ValueError where the model has no preprocessing, and where no
+    image can be read.
     """
     if model.preprocess is None:
         raise ValueError("expected a model with preprocessing, got one without")
@@ -90,12 +106,18 @@ def embed_images(
     indices: list[int] = []
     embeddings: list[Tensor] = []
     with evaluating(model):
-        for batch_indices, pixels in EvalBatches(source, model.preprocess, batch_size, workers):
+        batches = EvalBatches(source, model.preprocess, batch_size, workers)
+        for batch_indices, pixels in batches:
             indices += batch_indices
             embeddings.append(encode(pixels.to(model.device)).cpu())
     rows = [row for row, index in enumerate(indices) if index in texts]
+    unread, why = sorted(texts.keys() - set(indices)), dict(batches.skipped)
+    skipped = [(key, why.get(key, "")) for key in map(source.key, unread[:NUM_NAMED])]
     if not rows:
-        raise ValueError(f"{source.name}: expected images, none of the {len(texts)} that have a text can be read")
+        none = f"none of the {len(texts)} that have a text can be read"
+        raise ValueError(f"{source.name}: expected images, {none}{examples(skipped)}")
+    if left_out is not None:
+        left_out.add(name or source.name, "images that cannot be read", len(unread), skipped)
     return [texts[indices[row]] for row in rows], torch.cat(embeddings)[rows]
 
 

@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import Source
 from tinyclip.evaluate.confidence import interval
 from tinyclip.evaluate.embed import Model, check_finite, embed_images, texts_of
@@ -343,20 +344,27 @@ def _check_classes(train: Labelled, others: Mapping[str, Tensor]) -> None:
 
 
 def features(
-    model: Model, source: Source, *, layer: Layer = "penultimate", batch_size: int = 64, workers: int = 0
+    model: Model,
+    source: Source,
+    *,
+    layer: Layer = "penultimate",
+    batch_size: int = 64,
+    workers: int = 0,
+    left_out: LeftOut | None = None,
+    name: str | None = None,
 ) -> tuple[list[tuple[str, ...]], Tensor]:
     """Labels, and features [N, D] on the CPU in fp32, of the images that have a label and can be read.
+
+    The others are counted in `left_out`, the set by `name`.
 
     "penultimate": what goes into the image tower's last linear layer. A ViT: the class token after the last norm; a
     ResNet: the output of attention pooling. "projected": the embedding. Neither is normalised. Raises ValueError for
     the penultimate layer of a model that is not ours.
     """
-    labels = texts_of(source, source.label, "labels")
+    labels = texts_of(source, source.label, "labels", left_out, name)
+    reading = {"batch_size": batch_size, "workers": workers, "left_out": left_out, "name": name}
     with _encoder(model, layer) as encode:
-        names, feature_ND = embed_images(
-            model, source, labels, batch_size=batch_size, workers=workers, encode=lambda pixels: encode(pixels).float()
-        )
-    return names, feature_ND
+        return embed_images(model, source, labels, encode=lambda pixels: encode(pixels).float(), **reading)
 
 
 @contextmanager
@@ -393,23 +401,27 @@ def probe(
     solver: Solver = "auto",
     batch_size: int = 64,
     workers: int = 0,
+    left_out: LeftOut | None = None,
 ) -> dict[str, float]:
     """`linear_probe` of a model's features, or with `shots` `few_shot`; scores are named LAYER_probe_...
 
-    Classes are told apart by their label, name and synonyms. Features are held on the model's device. Raises ValueError
-    for sources without labels or images, and as `features`, `linear_probe` and `few_shot` do.
+    Classes are told apart by their label, name and synonyms. Features are held on the model's device. What is left out
+    is counted in `left_out`, of a training or validation set as NAME (train) or (validation). Raises ValueError for
+    sources without labels or images, and as `features`, `linear_probe` and `few_shot` do.
     """
     numbers: dict[tuple[str, ...], int] = {}
 
-    def labelled(source: Source) -> tuple[Tensor, Tensor]:
-        names, feature_ND = features(model, source, layer=layer, batch_size=batch_size, workers=workers)
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "left_out": left_out}
+
+    def labelled(source: Source, part: str = "") -> tuple[Tensor, Tensor]:
+        names, feature_ND = features(model, source, layer=layer, name=source.name + part, **reading)
         label_N = torch.tensor([numbers.setdefault(own, len(numbers)) for own in names])
         return feature_ND.to(model.device), label_N.to(model.device)
 
-    sets, name = (*labelled(train_source), *labelled(test_source)), f"{layer}_probe"
+    sets, name = (*labelled(train_source, " (train)"), *labelled(test_source)), f"{layer}_probe"
     if shots is not None:
         if validation_source is not None:
             raise ValueError("few-shot probe: takes its validation images from the training source, and no other")
         return few_shot(*sets, shots=shots, seeds=seeds, solver=solver, name=name)
-    validation = None if validation_source is None else labelled(validation_source)
+    validation = None if validation_source is None else labelled(validation_source, " (validation)")
     return linear_probe(*sets, validation=validation, solver=solver, name=name)

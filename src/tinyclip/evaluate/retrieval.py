@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import Source
 from tinyclip.evaluate.confidence import Difference, median_interval, ratio_interval
 from tinyclip.evaluate.embed import Model, embed_images, embed_texts, own_ranks, texts_of
@@ -80,21 +81,26 @@ def recall_differences(ours: Ranks, theirs: Ranks, ks: Sequence[int] = KS) -> di
     }
 
 
-def retrieval_ranks(model: Model, source: Source, *, batch_size: int = 64, workers: int = 0) -> Ranks:
+def retrieval_ranks(
+    model: Model, source: Source, *, batch_size: int = 64, workers: int = 0, left_out: LeftOut | None = None
+) -> Ranks:
     """`ranks` over a source.
 
-    Items whose image or captions cannot be read, or that have no caption, are left out. Raises ValueError where none
-    is left.
+    Items whose image or captions cannot be read, or that have no caption, are left out, and counted in `left_out`.
+    Raises ValueError where none is left.
     """
-    captions = texts_of(source, source.captions, "captions")
-    texts, image_IE = embed_images(model, source, captions, batch_size=batch_size, workers=workers)
+    captions = texts_of(source, source.captions, "captions", left_out)
+    reading = {"batch_size": batch_size, "workers": workers, "left_out": left_out}
+    texts, image_IE = embed_images(model, source, captions, **reading)
     image_of_text_T = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(own) for own in texts]))
     return ranks(image_IE, embed_texts(model, [text for own in texts for text in own]), image_of_text_T)
 
 
-def retrieval(model: Model, source: Source, *, batch_size: int = 64, workers: int = 0) -> dict[str, float]:
+def retrieval(
+    model: Model, source: Source, *, batch_size: int = 64, workers: int = 0, left_out: LeftOut | None = None
+) -> dict[str, float]:
     """`scores_of` the `retrieval_ranks` of a source; raises what that raises."""
-    return scores_of(retrieval_ranks(model, source, batch_size=batch_size, workers=workers))
+    return scores_of(retrieval_ranks(model, source, batch_size=batch_size, workers=workers, left_out=left_out))
 
 
 def _hits(found: Ranks, ks: Sequence[int]) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pydantic import Field, field_validator
 
 from tinyclip.config import Config
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec
 from tinyclip.evaluate.embed import Model
@@ -35,13 +36,14 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     say: Callable[[str], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> dict[str, float]:
     """Retrieval and zero-shot scores, each a share in [0, 1], with intervals and counts; and median ranks.
 
-    `say` is told what a reader of the scores should know.
+    `say` is told what a reader of the scores should know; what was left out is counted in `left_out`, or else told.
     """
     scores: dict[str, float] = {}
-    reading = {"batch_size": batch_size, "workers": workers}
+    reading = {"batch_size": batch_size, "workers": workers, "left_out": left_out or LeftOut(say)}
     if evaluation.retrieval is not None:
         scores |= retrieval(model, open_source(evaluation.retrieval), **reading)
     if evaluation.zeroshot is not None:

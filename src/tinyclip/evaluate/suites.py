@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 
 from tinyclip.config import Config
 from tinyclip.data.files import class_folders
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import open_source
 from tinyclip.data.spec import DataSpec, is_remote, joined_paths
 from tinyclip.evaluate.datasets import (
@@ -256,13 +257,15 @@ def run_suite(
     batch_size: int = 64,
     workers: int = 0,
     say: Callable[[str], None] = print,
+    left_out: LeftOut | None = None,
 ) -> dict[str, Any]:
     """Zero-shot scores of every data set that is there, with `probe` those of a linear probe too.
 
     {"suite", "datasets": {name: scores}, "absent": {name: why}, "mean": {"value", "low", "high", "of", "n_datasets"},
-    "in_mean": {name: score}}: the mean is over `of` data sets of `n_datasets`, each by the score that `in_mean` names.
-    With `probe` also "probe_absent": {name: why}. All sets are opened before the first is scored. Raises ValueError as
-    `open_suite` does, where no data set is there, and for a model without a text tower.
+    "in_mean": {name: score}, "left_out": {name: {reason: number}}}: the mean is over `of` data sets of `n_datasets`,
+    each by the score that `in_mean` names. With `probe` also "probe_absent": {name: why}. `say` is told what was left
+    out, too. All sets are opened before the first is scored. Raises ValueError as `open_suite` does, where no data set
+    is there, and for a model without a text tower.
     """
     openers = _openers(suite, data_root)
     test = {name: opener("test") for name, opener in openers.items()}
@@ -271,10 +274,10 @@ def run_suite(
     if not present:
         first = next(found for found in test.values() if isinstance(found, Absent))
         raise ValueError(f"suite {suite}: none of its {len(test)} data sets is there; {first.name}: {first.why}")
-    datasets = {}
+    datasets, reading = {}, {"batch_size": batch_size, "workers": workers, "left_out": left_out or LeftOut(say)}
     for number, (name, labelled) in enumerate(present.items(), 1):
         say(f"{number} of {len(present)}: {name}, {len(labelled):,} images")
-        datasets[name] = _scores(model, labelled, train.get(name), batch_size, workers, say)
+        datasets[name] = _scores(model, labelled, train.get(name), reading, say)
     in_mean = {name: SCORE_OF_METRIC[labelled.metric] for name, labelled in present.items()}
     result = {
         "suite": suite,
@@ -282,6 +285,7 @@ def run_suite(
         "absent": _absent(test.values()),
         "mean": {**_mean(datasets, in_mean), "of": len(present), "n_datasets": len(test)},
         "in_mean": in_mean,
+        "left_out": reading["left_out"].counts,
     }
     return result | ({"probe_absent": _absent(train.values())} if probe else {})
 
@@ -314,16 +318,15 @@ def _scores(
     model: Model,
     labelled: LabelledSet,
     train: LabelledSet | Absent | None,
-    batch_size: int,
-    workers: int,
+    reading: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    said = answers(model, labelled, batch_size=batch_size, workers=workers)
+    said = answers(model, labelled, **reading)
     if line := alike_line(said.class_CE, labelled.class_names):
         say(f"{labelled.name}: {line}")
     scores = answer_scores(said, labelled.metric)
     if isinstance(train, LabelledSet):
-        scores |= linear_probe(model, ByClass(train), ByClass(labelled), batch_size=batch_size, workers=workers)
+        scores |= linear_probe(model, ByClass(train), ByClass(labelled), **reading)
     return scores
 
 

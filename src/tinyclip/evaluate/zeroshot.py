@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import Source
 from tinyclip.evaluate.confidence import bootstrap, interval
 from tinyclip.evaluate.embed import (
@@ -185,19 +186,21 @@ def zeroshot(
     batch_size: int = 64,
     workers: int = 0,
     say: Callable[[str], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> dict[str, float]:
     """top1 and top5 over a labelled source, with intervals, `n` images and its number of `classes`.
 
     The classes are the labels that occur in the source; `say` is told which of them read the same to the model, and
-    `alike_classes` is their number. Items whose image or label cannot be read, or that have no label, are left out.
-    Raises ValueError for a source without labels and for fewer than two classes.
+    `alike_classes` is their number. Items whose image or label cannot be read, or that have no label, are left out, and
+    counted in `left_out`. Raises ValueError for a source without labels and for fewer than two classes.
     """
-    labels = texts_of(source, source.label, "labels")
+    labels = texts_of(source, source.label, "labels", left_out)
     classes = {names: number for number, names in enumerate(sorted(set(labels.values())))}
     class_CE = classifier(model, list(classes), templates)
     if say is not None and (line := alike_line(class_CE, list(classes))):
         say(f"{source.name}: {line}")
-    names, image_IE = embed_images(model, source, labels, batch_size=batch_size, workers=workers)
+    reading = {"batch_size": batch_size, "workers": workers, "left_out": left_out}
+    names, image_IE = embed_images(model, source, labels, **reading)
     label_I = torch.tensor([classes[own] for own in names])
     rank_I = class_ranks(image_IE, class_CE, label_I)
     return _top_scores(rank_I, len(classes)) | _counts(len(image_IE), class_CE)
@@ -210,11 +213,24 @@ def _counts(num_images: int, class_CE: Tensor) -> dict[str, int]:
     return {"n": num_images, "classes": len(class_CE)} | ({"alike_classes": alike} if alike else {})
 
 
-def answers(model: Model, labelled: LabelledSet, *, batch_size: int = 64, workers: int = 0) -> Answers:
-    """Raises ValueError for a model without a text tower, and where no image can be read."""
+def answers(
+    model: Model,
+    labelled: LabelledSet,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    left_out: LeftOut | None = None,
+) -> Answers:
+    """Of every image that can be read; `left_out` counts the others, and what opening the set left out.
+
+    Raises ValueError for a model without a text tower, and where no image can be read.
+    """
+    if left_out is not None:
+        left_out.opened(labelled.source, labelled.name)
     class_CE = classifier(model, labelled.class_names, labelled.templates)
     items = {index: (str(index),) for index in range(len(labelled.source))}
-    names, image_IE = embed_images(model, labelled.source, items, batch_size=batch_size, workers=workers)
+    reading = {"batch_size": batch_size, "workers": workers, "left_out": left_out, "name": labelled.name}
+    names, image_IE = embed_images(model, labelled.source, items, **reading)
     item_I = torch.tensor([int(own[0]) for own in names])
     label_I = torch.tensor(labelled.labels)[item_I]
     rank_I = class_ranks(image_IE, class_CE, label_I)

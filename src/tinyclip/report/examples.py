@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import Source
 from tinyclip.data.thumbnail import thumbnail
 from tinyclip.device import pick_device
@@ -77,19 +78,21 @@ def examples(run: Run, source: Source, *, say: Callable[[str], None]) -> Example
         raise ValueError(f"{run.path}: examples need a student, no stage is complete")
     if not isinstance(run.recipe.get("teacher"), str):
         raise ValueError(f"{run.path}: examples need a teacher, the recipe has none")
-    captions = texts_of(source, source.captions, "captions")
+    left_out = LeftOut(say)
+    captions = texts_of(source, source.captions, "captions", left_out)
     say(f"examples: teacher and student read {len(captions)} images")
     device = pick_device()
     student = checkpoint.load(run.path / run.complete[-1].name, device=device)
-    pairs, mine = embed(student, source, captions)
+    pairs, mine = embed(student, source, captions, left_out)
     _, theirs = embed(load_teacher(run.recipe["teacher"]).to(device), source, captions)
     return of_embeddings(pairs, theirs, mine)
 
 
-def embed(model: Model, source: Source, captions: dict[int, tuple[str, ...]]) -> tuple[Pairs, Embedded]:
-    names, image_IE = embed_images(
-        model, source, {index: (str(index),) for index in captions}, batch_size=64, workers=0
-    )
+def embed(
+    model: Model, source: Source, captions: dict[int, tuple[str, ...]], left_out: LeftOut | None = None
+) -> tuple[Pairs, Embedded]:
+    items = {index: (str(index),) for index in captions}
+    names, image_IE = embed_images(model, source, items, batch_size=64, workers=0, left_out=left_out)
     indices = [int(name) for (name,) in names]
     texts = [text for index in indices for text in captions[index]]
     image_of_text_T = torch.arange(len(indices)).repeat_interleave(
