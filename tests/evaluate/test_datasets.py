@@ -194,7 +194,7 @@ def test_torchvisions_mnist(tmp_path):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 3) + bytes([7, 0, 9]))
     labelled = open_torchvision(torchvision.datasets.MNIST(tmp_path, train=False), "mnist")
     assert labelled.labels == (7, 0, 9) and labelled.class_names[7] == ("7 - seven",)
-    assert np.array_equal(np.asarray(labelled.source.image(1)), pixels[1])
+    assert np.array_equal(np.asarray(labelled.source.image(1).convert("L")), pixels[1])
 
 
 def test_torchvisions_textures_and_their_names(tmp_path):

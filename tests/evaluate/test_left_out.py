@@ -12,13 +12,16 @@ from tests.evaluate.conftest import COLOURS, ColourModel, Pictures
 from tests.evaluate.test_compare import QUICK, toy
 from tests.evaluate.test_suites import write_model
 from tests.test_cli import tiny  # noqa: F401  a fixture
+from tinyclip.compress import compress
 from tinyclip.data.loader import LeftOut
+from tinyclip.embed import embed
 from tinyclip.evaluate import answers, retrieval, zeroshot
 from tinyclip.evaluate.compare import compare
 from tinyclip.evaluate.compare_words import words
 from tinyclip.evaluate.datasets import labelled_set
 from tinyclip.evaluate.suites import run_suite
 from tinyclip.formats import checkpoint
+from tinyclip.recipe import Recipe
 
 SET = Pictures(
     ("red", ["red"], ("red",)),
@@ -128,6 +131,27 @@ def test_a_comparison_says_once_what_neither_model_saw():
     assert asdict(found)["left_out"] == {name: {"images that cannot be read": 1} for name in ("named", "toy")}
     assert "left out of named: 1 images that cannot be read" in list(words(found))
     assert found.data_sets[0].n == found.retrieval.images == 6
+
+
+def test_a_run_and_its_store_tell_what_their_data_leave_out(tmp_path):
+    data = write_folders(tmp_path / "set", red=6, blue=5)
+    recipe = Recipe.model_validate(
+        {
+            "teacher": str(write_model(tmp_path / "teacher")),
+            "data": {"train": f"{data}?caption=label", "max_bad_share": 0.5},
+            "store": {"views": 1},
+            "stages": [{"name": "more", "distill": {"steps": 1, "batch_size": 4}}],
+            "evaluation": {"zeroshot": str(data)},
+            "device": "cpu",
+        }
+    )
+    opened = [f"{data}: 1 left out: {reason}" for reason in (HIDDEN, ENDINGS)]
+    unread = f"{data}: 1 left out: images that cannot be read: red/broken.jpg: not an image"
+    stored, ran = [], []
+    embed(recipe, tmp_path / "run", say=stored.append)
+    assert stored[:2] == opened
+    compress(recipe, tmp_path / "run", say=ran.append)
+    assert ran[:2] == opened and [line.startswith(unread) for line in ran].count(True) == 2  # of teacher and student
 
 
 def test_the_command_tells_on_stderr_and_in_its_json(tiny, tmp_path):  # noqa: F811
