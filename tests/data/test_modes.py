@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,8 @@ WIDTH, HEIGHT = 16, 8  # of every picture here: the left half in one colour, the
 RED, GREEN, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (255, 255, 255), (0, 0, 0)
 PINK, GREY = (255, 127, 127), (128, 128, 128)
 LEVELS = 2  # that a colour may be off: JPEG
+SINCE_PILLOW_13 = ("tiff grey, premultiplied", "tiff ycbcr")  # Pillow 11 and 12 refuse one or both
+IS_OLD_PILLOW = int(PIL.__version__.partition(".")[0]) < 13
 Colour = tuple[int, ...] | int
 
 
@@ -291,6 +294,8 @@ def source(request, tmp_path_factory) -> Source:
 def test_every_picture_is_what_a_viewer_shows(source):
     wrong = {}
     for number, (name, (_, *expected)) in enumerate(SHOWN.items()):
+        if IS_OLD_PILLOW and name in SINCE_PILLOW_13:
+            continue
         picture = source.image(number)
         colours = [picture.getpixel((x, HEIGHT // 2)) for x in (WIDTH // 4, 3 * WIDTH // 4)]
         is_near = np.abs(np.subtract(colours, expected)).max() <= LEVELS
