@@ -84,24 +84,25 @@ def open_folders(spec: DataSpec) -> Listed:
     files = open_files(Path(spec.path))
     left_out, images, folders = Counter(), [], set()
     for name in files.names(left_out):
-        parts = files.parts(name)
-        is_folder, is_image = name.endswith("/"), parts[-1:] and PurePosixPath(parts[-1]).suffix.lower() in IMAGE_FOLDER
-        if any(map(is_hidden, parts)):
-            left_out["images that are hidden, or in a hidden folder"] += bool(is_image and not is_folder)
+        parts, is_image = files.parts(name), PurePosixPath(name).suffix.lower() in IMAGE_FOLDER
+        is_folder, is_shown = name.endswith("/"), not any(map(is_hidden, parts))
+        if is_shown:
+            folders.add(parts if is_folder else parts[:-1])
+        if is_folder or not (is_shown or is_image):
             continue
-        folders.add(parts if is_folder else parts[:-1])
-        if not is_folder and not is_image:
+        if not is_shown:
+            left_out["images that are hidden, or in a hidden folder"] += 1
+        elif not is_image:
             left_out[f"files that are no {', '.join(IMAGE_FOLDER)}"] += 1
-        elif not is_folder and len(parts) == 1:
+        elif len(parts) == 1:
             left_out["images in no class folder"] += 1
-        elif not is_folder:
+        else:
             images.append((parts, name))
     depth = _num_around([parts[:-1] for parts, _ in images]) if isinstance(files, Zip) else 0
     classes = {parts[depth] for parts, _ in images}
     if len(classes) == 1 and any(len(parts) > depth + 2 for parts, _ in images):
-        raise ValueError(
-            f"{spec.path}: expected a folder for each class, its one folder {classes.pop()!r} holds folders"
-        )
+        one = classes.pop()
+        raise ValueError(f"{spec.path}: expected a folder for each class, its one folder {one!r} holds folders")
     left_out["class folders without an image"] = len({own[depth] for own in folders if len(own) > depth} - classes)
     images.sort(key=lambda image: (image[0][depth], "/".join(image[0][:-1]), image[0][-1]))  # as ImageFolder walks
     rows = [{"file": name, "label": parts[depth]} for parts, name in images]
