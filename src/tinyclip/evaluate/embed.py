@@ -74,12 +74,13 @@ def texts_of(
                 texts[index] = tuple(own)
         except BadItem as error:
             broken.append((source.key(index), str(error)))
+    if not texts:
+        none = f"none of the {len(source)} items has any"
+        raise ValueError(f"{source.name}: expected {noun}, {none}{examples(broken)}")
     if left_out is not None:
         left_out.opened(source, name)
         left_out.add(name or source.name, f"items without {noun}", len(source) - len(texts) - len(broken))
         left_out.add(name or source.name, f"items whose {noun} cannot be read", len(broken), broken)
-    if not texts:
-        raise ValueError(f"{source.name}: expected {noun}, none of the {len(source)} items has any")
     return texts
 
 
