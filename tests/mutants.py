@@ -294,12 +294,16 @@ MUTANTS: tuple[Mutant, ...] = (
          "test_preprocess.py::test_pixels_are_open_clip_s_within_a_level"),
         ("a crop is mirrored along the diagonal", "to_pixels(image)[rows, columns]", "to_pixels(image)[columns, rows]",
          "test_preprocess.py::test_a_crop_shows_its_box"),
-        ("transparency is black", '"white"', '"black"', "test_preprocess.py::test_transparency_is_white"),
     ),
     *_of(
         "tokenizer.py",
         ("capitals are words of their own", '" ".join(text.split()).lower()', '" ".join(text.split())',
          "test_tokenizer.py::test_ids_equal_open_clip_on_odd_strings"),
+    ),
+    *_of(
+        "data/decode.py",
+        ("transparency is black", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")',
+         "test_preprocess.py::test_transparency_is_white"),
     ),
     *_of(
         "data/loader.py",
