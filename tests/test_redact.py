@@ -11,6 +11,7 @@ from tinyclip.redact import SPEC_KEYS, has_secrets, redacted, visible
     [
         ("s3://me:KEY@bucket/{0..3}.tar?limit=3", "s3://bucket/{0..3}.tar?limit=3"),
         ("https://KEY@host/1.tar", "https://host/1.tar"),
+        ("https:/me:KEY@host/1.tar?KEY", "https:/host/1.tar"),
         ("https://me:K/E@Y@host/1.tar", "https://host/1.tar"),
         ("filecache::https://me:KEY@host/1.tar", "filecache::https://host/1.tar"),
         ("https://host/1.tar?X-Amz-Expires=9&X-Amz-Signature=KEY", "https://host/1.tar"),
@@ -53,7 +54,7 @@ def test_a_secret_is_left_out(text, shown):
         "expected a command behind pipe:, such as cat",
         "what? a=b; why?",
         "pipe:... 3: exit status 1: no",
-        "C:/a//b",
+        "C:/a//b, C:/a@b",
     ],
 )
 def test_what_is_no_secret_stays(text):
@@ -74,6 +75,7 @@ def test_the_keys_of_a_spec_are_known():
 
 
 def test_long_texts_are_read_in_time_that_grows_with_them():
+    assert redacted("x" * 40_000 + "?a=b")
     for text in ("a-", "a://", "a?b=", "%25", "x", "a:", "//", "token", "pipe:"):
         assert len(redacted(text * 4000 + "@")) > 3
 

@@ -41,12 +41,12 @@ _WEIGHT = r"[\d.]+(?:e[-+]?\d+)?"  # of a mixture's member
 _MIXTURE = re.compile(rf"mixture\?(?={_WEIGHT}=)")
 _NEXT_MEMBER = re.compile(rf"&(?={_WEIGHT}=)")
 _COMMAND = re.compile(rf"(?<!\w)pipe{COLON}(?!{re.escape(LEFT_OUT)})(?=\s*[^\s,)]).*", _I | re.DOTALL)
-_START = rf"((?<![a-z0-9+.-])(?:[a-z][a-z0-9+.-]*{COLON})?{SLASH}{SLASH})"
+_START = rf"((?<![a-z0-9+.-])(?:[a-z][a-z0-9+.-]+{COLON}{SLASH}{{1,2}}|{SLASH}{SLASH}))"  # a Path has one slash
 _USER = re.compile(rf"{_START}(?:(?!{SLASH})[^\s<>]){{0,{LONGEST}}}{AT}", _I)
 _USER_WITH_SLASH = re.compile(
     rf"{_START}(?:(?!{SLASH}|{COLON}|{AT})\S){{1,{LONGEST}}}{COLON}(?!\d+(?:{SLASH}|$))[^\s<>]{{0,{LONGEST}}}{AT}", _I
 )
-_URL = re.compile(rf"[a-z0-9]{COLON}{SLASH}{SLASH}", _I)
+_URL = re.compile(rf"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]+{COLON}{SLASH}", _I)
 _QUERY = re.compile(rf"({QUESTION})", _I)
 _PARAMETERS = re.compile(AND, _I)
 _PARAMETER = re.compile(rf"((?:(?!{EQUALS})\S)+{EQUALS})", _I)

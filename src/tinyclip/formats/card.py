@@ -136,7 +136,7 @@ def _scores(record: Record) -> Iterator[str]:
         yield "Unknown: nothing that was measured came with the model."
         return
     for kind, data in record.data.items():
-        yield f"{kind} on {code(data)}  "
+        yield f"{plain(kind)} on {code(data)}  "
     yield ""
     compared = bool(record.teacher_scores)
     yield from _table("score", "model", *(["teacher", "share kept"] if compared else []))
