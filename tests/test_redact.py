@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyclip.data.spec import DataSpec
+from tinyclip.data.spec import DataSpec, from_file
 from tinyclip.redact import SPEC_KEYS, has_secrets, redacted, visible
 
 
@@ -68,6 +68,20 @@ def test_values_are_cleaned_with_their_names_and_kinds():
         "uri": "data:image/png;base64,token=KEY",
     }
     assert redacted(value) == {"https://h/1.tar": ["token=...", ("a", 1, None)], "n": 2.5, "uri": value["uri"]}
+
+
+def test_what_stands_in_many_places_or_in_itself_is_cleaned_once():
+    bomb: list = ["token=KEY"]
+    for _ in range(100):
+        bomb = [bomb, bomb]
+    found = redacted(bomb)
+    assert found[0] is found[1]
+    for _ in range(100):
+        found = found[0]
+    assert found == ["token=..."]
+    bomb[0] = bomb
+    found = redacted(bomb)
+    assert found[0] is found and from_file(bomb)[0] is bomb
 
 
 def test_the_keys_of_a_spec_are_known():

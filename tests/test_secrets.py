@@ -104,6 +104,13 @@ def outputs(server, tmp_path_factory):
         tiny("data", "check", mixture, "--out", place / "check")
         tiny("compress", inputs / "recipe.yaml", "--teacher", teacher, "--run", run, "--data", signed, status=2)
 
+        # A run that was cut off leaves its checkpoints.
+        with patch.context() as cut:
+            cut.setattr("tinyclip.run.complete", lambda *_: [][0])
+            cut.setattr(sys, "argv", ["tinyclip", *map(str, recipe[:-1]), str(place / "cut")])
+            with pytest.raises(IndexError), contextlib.redirect_stderr(tiny.printed):
+                cli.main()
+
         # Errors.
         where = ("evaluate", teacher, "--retrieval")
         assert "exit status 3" in tiny(*where, f"pipe:sh -c 'echo no {SECRET} >&2; exit 3'?retries=0", status=2)
@@ -128,7 +135,8 @@ def test_the_secret_is_in_no_file_and_no_line_but_the_runs_recipe(outputs):
     assert {"calls.jsonl", "skipped.jsonl", "metrics.jsonl", "teacher.json", "report.html", "typed.html"} <= names
     assert {"evaluation.json", "compare.json", "check.json", "onnx.json", "open_clip_config.json", "README.md"} <= names
     found = {str(path.relative_to(place)) for path in files if SECRET.encode() in path.read_bytes()}
-    assert found == {"run/recipe.yaml"}
+    assert found == {"run/recipe.yaml", "cut/recipe.yaml"}
+    assert list(place.glob("cut/0-half/distill/checkpoint-*.pt"))
 
 
 def test_what_was_left_out_left_the_rest(outputs):

@@ -71,16 +71,25 @@ _TOKEN = re.compile(  # those that are known by their shape
 
 def redacted(value: T) -> T:
     """Text without its secrets; of a mapping, list or tuple all text in it, names too. Other values as they are."""
-    found: Any = value
+    return _redacted(value, {})
+
+
+def _redacted(value: Any, done: dict[int, Any]) -> Any:
+    """`done` holds what stands in several places (YAML's aliases), or in itself, by id."""
     if isinstance(value, str):
-        found = value if value.startswith("data:image/") else _without_secrets(value)
-    elif isinstance(value, Mapping):
-        found = {redacted(name): redacted(own) for name, own in value.items()}
-    elif isinstance(value, list):
-        found = list(map(redacted, value))
-    elif isinstance(value, tuple):
-        found = tuple(map(redacted, value)) if type(value) is tuple else type(value)(*map(redacted, value))
-    return found
+        return value if value.startswith("data:image/") else _without_secrets(value)
+    if isinstance(value, tuple):
+        parts = [_redacted(own, done) for own in value]
+        return tuple(parts) if type(value) is tuple else type(value)(*parts)
+    if not isinstance(value, Mapping | list):
+        return value
+    if id(value) not in done and isinstance(value, Mapping):
+        done[id(value)] = found = {}
+        found.update({_redacted(name, done): _redacted(own, done) for name, own in value.items()})
+    elif id(value) not in done:
+        done[id(value)] = found = []
+        found.extend(_redacted(own, done) for own in value)
+    return done[id(value)]
 
 
 def has_secrets(value: Any) -> bool:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from random import Random
 from typing import Generic, NamedTuple, TypeVar
@@ -292,13 +291,13 @@ class _Results(Dataset, Generic[T]):
             return error
 
 
-def _obey(main: int, _worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, SIGTERM often every one of a job; the main one (its number) saves its
-    state with what they read until then. It ends its workers, with a second SIGTERM if need be; where it is killed,
-    they end too, with the commands that they run."""
+def _obey(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, SIGTERM often every one of a job; the main one saves its state with
+    what they read until then. It ends its workers, with a second SIGTERM if need be; where it is killed, they end too,
+    with the commands that they run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
-    threading.Thread(target=_end_after, args=(main,), daemon=True).start()
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_after(main: int) -> None:
@@ -314,7 +313,7 @@ def in_order(function: Callable[[int], T], numbers: Iterable[int], workers: int)
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=partial(_obey, os.getpid()),
+        worker_init_fn=_obey,
         generator=torch.Generator(),  # or the DataLoader would advance the global one
     )
     for result in loader:

@@ -66,11 +66,15 @@ class FromFile(str):
 
 
 def from_file(value: Any) -> Any:
-    """A value read from a file, with all of its text marked as such."""
-    if isinstance(value, dict):
-        return {key: from_file(own) for key, own in value.items()}
-    if isinstance(value, list):
-        return [from_file(own) for own in value]
+    """A value read from a file, with all of its text marked as such, in place."""
+    waiting, seen = [value], set[int]()  # YAML's aliases may stand in several places, or in themselves
+    while waiting:
+        holder = waiting.pop()
+        if isinstance(holder, dict | list) and id(holder) not in seen:
+            seen.add(id(holder))
+            for key, own in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+                holder[key] = FromFile(own) if isinstance(own, str) else own
+                waiting.append(own)
     return FromFile(value) if isinstance(value, str) else value
 
 

@@ -132,7 +132,7 @@ def license_line(provenance: Provenance | None) -> str:
         for what, origin in origins.items()
     ]
     restricted = any(origin.restriction for origin in origins.values())
-    return f"{'warning: ' if restricted else ''}licences: {'; '.join(said)}"
+    return f"{'warning: ' if restricted else ''}licences: {redacted('; '.join(said))}"
 
 
 def _on_its_card(spec: str) -> str:
