@@ -23,7 +23,7 @@ SPEC_KEYS = frozenset(  # of a data spec, whose query stands behind a URL's own
     [
         *("images", "image", "caption", "captions", "label", "templates", "sep", "quotes", "where", "limit"),
         *("min_side", "min_caption_chars", "dedup", "jpeg_side", "window", "cache_gb", "timeout_s", "retries"),
-        *("config", "streaming", "split", "count", "seed", "mixture"),
+        *("config", "streaming", "split", "count", "seed", "mixture", "lines", "delimiter"),
     ]
 )
 

@@ -248,7 +248,7 @@ def open_suite(
 
 def check_suite(suite: str, data_root: Path | None) -> None:
     """Raises ValueError for an unknown suite or data set, and where the data root is needed and not there."""
-    _openers(suite, data_root)
+    _openers(suite, data_root, allow_remote=False)
 
 
 def run_suite(
