@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from tinyclip.redact import has_secrets, redacted
+from tinyclip.terminal import Table, console, line, say, show
 
 if TYPE_CHECKING:
     from tinyclip.distributed import World
@@ -150,6 +153,10 @@ DataRootOption = Annotated[
 WorkersOption = Annotated[int, typer.Option(parser=_at_least(0), help="Processes that read images.")]
 BatchSizeOption = Annotated[int, typer.Option(parser=_at_least(1), help="Images that are embedded together.")]
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda:1, ...")]
+AllowRemoteOption = Annotated[
+    bool,
+    typer.Option("--allow-remote", help="Follow commands and addresses that stand in files, where you trust them."),
+]
 
 
 @app.callback()
@@ -164,12 +171,13 @@ def compress(
     teacher: TeacherOption = None,
     data: DataOption = None,
     set_: SetOption = None,
+    allow_remote: AllowRemoteOption = False,
 ) -> None:
     """Compress a teacher in stages: each inherits weights, then mimics the teacher's affinities."""
     from tinyclip.recipes import load_recipe
 
-    settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
-    _compress(settings, run, _recipe_name(recipe, set_))
+    settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or (), allow_remote=allow_remote)
+    _compress(settings, run, _recipe_name(recipe, set_), allow_remote)
 
 
 @app.command()
@@ -179,6 +187,7 @@ def embed(
     teacher: TeacherOption = None,
     data: DataOption = None,
     set_: SetOption = None,
+    allow_remote: AllowRemoteOption = False,
 ) -> None:
     """Ask the teachers once: store their embeddings of the data, from which `compress` of the same recipe trains.
 
@@ -187,21 +196,27 @@ def embed(
     from tinyclip.embed import embed
     from tinyclip.recipes import load_recipe
 
-    settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or ())
-    _launch(settings, lambda world: embed(settings, run, say=_say, world=world))
+    settings = load_recipe(recipe, teacher=teacher, data=data, changes=set_ or (), allow_remote=allow_remote)
+    _launch(settings, lambda world: embed(settings, run, say=say, world=world, allow_remote=allow_remote))
 
 
 @app.command()
-def train(recipe: RecipeArgument, run: RunOption, data: DataOption = None, set_: SetOption = None) -> None:
+def train(
+    recipe: RecipeArgument,
+    run: RunOption,
+    data: DataOption = None,
+    set_: SetOption = None,
+    allow_remote: AllowRemoteOption = False,
+) -> None:
     """Train a CLIP from scratch with the contrastive loss: a teacher for small data, or a baseline."""
     from tinyclip.recipes import PRESETS, load_recipe, needs
 
     if recipe in PRESETS and "teacher" in needs(recipe):
         raise ValueError(f"preset {recipe}: compresses a teacher; use `tinyclip compress`")
-    settings = load_recipe(recipe, data=data, changes=set_ or ())
+    settings = load_recipe(recipe, data=data, changes=set_ or (), allow_remote=allow_remote)
     if settings.teacher is not None:
         raise ValueError(f"recipe {recipe}: names a teacher; use `tinyclip compress`")
-    _compress(settings, run, _recipe_name(recipe, set_))
+    _compress(settings, run, _recipe_name(recipe, set_), allow_remote)
 
 
 @app.command()
@@ -217,6 +232,7 @@ def evaluate(
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = 0,
+    allow_remote: AllowRemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of a model, on data of your own or on a suite of data sets."""
@@ -239,31 +255,32 @@ def evaluate(
     if suite is not None:
         check_suite(suite, data_root)
     wanted = Evaluation(
-        retrieval=DataSpec.parse(retrieval) if retrieval is not None else None,
-        zeroshot=DataSpec.parse(zeroshot) if zeroshot is not None else None,
+        retrieval=DataSpec.parse(retrieval, allow_remote=allow_remote) if retrieval is not None else None,
+        zeroshot=DataSpec.parse(zeroshot, allow_remote=allow_remote) if zeroshot is not None else None,
         templates=tuple(template or DEFAULT_TEMPLATES),
     )
     prepare_cpu()
     where = pick_device(device)
-    loaded = load_teacher(model).to(where)
-    left_out = LeftOut(_say)
-    reading = {"batch_size": batch_size, "workers": workers, "say": _say, "left_out": left_out}
+    loaded = load_teacher(model, allow_remote=allow_remote).to(where)
+    left_out = LeftOut(say)
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "say": say, "left_out": left_out}
     scores = evaluate_model(loaded, wanted, **reading)
     results: dict[str, Any] = {}
     if suite is not None:
-        results = run_suite(loaded, suite, data_root, probe=probe, **reading)
+        results = run_suite(loaded, suite, data_root, probe=probe, **reading, allow_remote=allow_remote)
     elif left_out.counts:
         results = {"left_out": left_out.counts}
+    found = json.dumps(redacted(scores | results), indent=2)
     if out is not None:
-        write_text(out, json.dumps(scores | results, indent=2))
+        write_text(out, found)
     if as_json:
-        print(json.dumps(scores | results, indent=2))
+        print(found)
         return
     if scores:
         table = Table("score", "value", title=model)
         for row in with_interval(scores):
             table.add_row(*row)
-        Console().print(table)
+        show(table)
     if suite is not None:
         _print_suite(results, model)
 
@@ -278,15 +295,15 @@ def _print_suite(results: dict[str, Any], model: str) -> None:
         wanted = [results["in_mean"][name], *(score for score in shown if score.endswith("probe_top1"))]
         for score in wanted:
             table.add_row(name, score, shown[score], shown["n"])
-    Console().print(table)
+    show(table)
     for kind, noun in (("absent", "absent"), ("probe_absent", "not probed")):
         for name, why in results.get(kind, {}).items():
-            Console().print(f"{noun}: {name}: {why}", highlight=False, markup=False, soft_wrap=True)
+            print(line(f"{noun}: {name}: {why}"))
     mean = results["mean"]
     shown = dict(
         with_interval({"mean": mean["value"], **{f"mean_{end}": mean[end] for end in ("low", "high") if end in mean}})
     )
-    Console().print(f"mean of {mean['of']} of {mean['n_datasets']} data sets: {shown['mean']}", highlight=False)
+    show(f"mean of {mean['of']} of {mean['n_datasets']} data sets: {shown['mean']}")
 
 
 @app.command()
@@ -308,6 +325,7 @@ def compare(
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = 0,
+    allow_remote: AllowRemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """What a student lost: by data set and class, in neighbours, calibration and geometry, and per cost."""
@@ -332,21 +350,20 @@ def compare(
     where = pick_device(device)
     given = {"timing": not no_timing, "batch_size": batch_size, "workers": workers}
     settings = validated(Comparing, given, "compare")
-    sets, absent = ([], []) if suite is None else open_suite(suite, data_root)
+    sets, absent = ([], []) if suite is None else open_suite(suite, data_root, allow_remote=allow_remote)
     if zeroshot is not None:
-        source = open_source(zeroshot)
+        source = open_source(zeroshot, allow_remote=allow_remote)
         sets = [labelled_set(data_name(source), source, tuple(template or DEFAULT_TEMPLATES)), *sets]
-    pairs = None if retrieval is None else open_source(retrieval)
+    pairs = None if retrieval is None else open_source(retrieval, allow_remote=allow_remote)
     prepare_cpu()
-    theirs, ours = (load_teacher(name).to(where) for name in (teacher, student))
-    found = compare_models(theirs, ours, sets, pairs, settings, absent=absent, say=_say)
+    theirs, ours = (load_teacher(name, allow_remote=allow_remote).to(where) for name in (teacher, student))
+    found = compare_models(theirs, ours, sets, pairs, settings, absent=absent, say=say)
     if out is not None:
         write_text(out, to_json(found))
     if as_json:
         print(to_json(found))
         return
-    for part in tables(found):
-        Console().print(part, highlight=False, markup=not isinstance(part, str))
+    show(*tables(found))
 
 
 @app.command()
@@ -371,6 +388,7 @@ def benchmark(
     device: DeviceOption = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a fresh process.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, calls and batch sizes.")] = False,
+    allow_remote: AllowRemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Latency, throughput and memory, measured: models and ways to run them in turn, with ratios and their spread."""
@@ -392,19 +410,18 @@ def benchmark(
     settings = validated(Benchmark, {**(QUICK if quick else {}), **given}, "benchmark")
     pick_device(device)  # refused before a model is loaded
     names = list(dict.fromkeys(models if against is None else [against, *models]))
-    loaded = {name: _load_bare(name) for name in names}
-    report = measure(loaded, settings, reference=against, say=_say)
+    loaded = {name: _load_bare(name, allow_remote) for name in names}
+    report = measure(loaded, settings, reference=against, say=say)
     if as_json:
         print(to_json(report))
         return
-    console = Console(width=max(Console().width, MIN_WIDTH))  # a narrower table would lose digits
-    for part in tables(report):
-        console.print(part, highlight=False)
+    show(*tables(report), least_width=MIN_WIDTH)
 
 
 @app.command()
 def inspect(
     model: ModelArgument,
+    allow_remote: AllowRemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, MACs and the shape of every layer, counted from the config."""
@@ -412,7 +429,7 @@ def inspect(
     from tinyclip.formats import zoo
 
     is_published = model.startswith(zoo.PREFIX)  # an architecture without weights is enough
-    config = zoo.config(model) if is_published else _load_bare(model).config
+    config = zoo.config(model) if is_published else _load_bare(model, allow_remote).config
     facts = describe(config)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -420,11 +437,10 @@ def inspect(
     table = Table("", "image", "text", title=model)
     for row in rows(config):
         table.add_row(*row)
-    Console().print(table)
-    Console().print(
+    show(
+        table,
         f"{facts['parameters']:,} parameters, {facts['size_mb']:.1f} MB in fp32, "
         f"embedding {facts['embed_dim']}, {facts['activation']}",
-        highlight=False,
     )
 
 
@@ -437,11 +453,13 @@ def report(
     ] = None,
     data: Annotated[Optional[str], typer.Option(help="Pairs for the retrieval examples: a path or a spec.")] = None,  # noqa: UP045
     no_examples: Annotated[bool, typer.Option("--no-examples", help="Load no model, show no examples.")] = False,
+    allow_remote: AllowRemoteOption = False,
 ) -> None:
     """Write what runs left as one HTML page: sizes, costs, scores, curves, maps and examples."""
     from tinyclip.report import report
 
-    print(report(runs, out=out, data=data, with_examples=not no_examples, say=_say))
+    followed = {"with_examples": not no_examples, "allow_remote": allow_remote}
+    print(line(report(runs, out=out, data=data, **followed, say=say)))
 
 
 @app.command()
@@ -453,11 +471,13 @@ def export(
     out: Annotated[Path, typer.Option(callback=_new_directory, help="A new directory.")],
     pad: Annotated[bool, typer.Option("--pad", help="Make all blocks alike with zeros: exact, larger.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read it back and compare.")] = False,
+    allow_remote: AllowRemoteOption = False,
 ) -> None:
     """Write a model for another library, which reads it back: features must be equal."""
     from tinyclip.formats.export import export
 
-    print(export(_load(model), out, to=to, pad=pad, verify=not no_verify, say=_say)["directory"])
+    loaded = _load(model, allow_remote)
+    print(line(export(loaded, out, to=to, pad=pad, verify=not no_verify, say=say)["directory"]))
 
 
 @app.command()
@@ -480,16 +500,18 @@ def push(
             help="Write what would be uploaded into this new directory.",
         ),
     ] = None,
+    allow_remote: AllowRemoteOption = False,
 ) -> None:
     """Put a model on the Hugging Face hub: verified files, and a model card that says where it comes from."""
     from tinyclip.formats.card import record_of
     from tinyclip.formats.push import prepare
     from tinyclip.formats.push import push as push_model
 
+    loaded, record = _load(model, allow_remote), record_of(model)
     if dry_run is not None:
-        print(prepare(_load(model), dry_run, name, to=to, record=record_of(model), say=_say))
+        print(line(prepare(loaded, dry_run, name, to=to, record=record, say=say)))
     else:
-        print(push_model(_load(model), name, to=to, private=private, update=update, record=record_of(model), say=_say))
+        print(line(push_model(loaded, name, to=to, private=private, update=update, record=record, say=say)))
 
 
 data_app = typer.Typer(help="Look at a data set before anything is trained on it.", no_args_is_help=True)
@@ -516,11 +538,11 @@ def check_data(
         typer.Option(parser=_at_least(1), help="Read the first so many items only."),
     ] = None,
     workers: WorkersOption = 0,
+    allow_remote: AllowRemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read a data set and say what is in it: pairs, sizes, caption lengths, duplicates, broken items, opt-out flags."""
     from rich.progress import Progress
-    from rich.text import Text
 
     from tinyclip.data.check import Checking, check, rows, to_json
     from tinyclip.data.contact_sheet import contact_sheet
@@ -530,11 +552,11 @@ def check_data(
     from tinyclip.tokenizer import Tokenizer
 
     settings = validated(Checking, {"limit": limit, "workers": workers}, "data check")
-    source = open_source(data)
-    tokenizer = Tokenizer.openai() if model is None else _load_bare(model).tokenizer
+    source = open_source(data, allow_remote=allow_remote)
+    tokenizer = Tokenizer.openai() if model is None else _load_bare(model, allow_remote).tokenizer
     if tokenizer is None:
         raise ValueError(f"{model}: expected a model with a tokenizer, this one came without")
-    terminal = Console(stderr=True)
+    terminal = console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task("reading", total=min(len(source), limit or len(source)))
         found = check(source, tokenizer, settings, progress=lambda items: bar.advance(task, items))
@@ -544,12 +566,12 @@ def check_data(
     if as_json:
         print(json.dumps(to_json(found), indent=2))
         return
-    table = Table("", "", title=Text(found.data), show_header=False)
+    table = Table("", "", title=found.data, show_header=False)
     for row in rows(found):
-        table.add_row(*map(Text, row))
-    Console().print(table)
+        table.add_row(*row)
+    show(table)
     if out is not None:
-        print(out / "pictures.webp")
+        print(line(out / "pictures.webp"))
 
 
 @app.command()
@@ -567,7 +589,8 @@ def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this prese
             near = difflib.get_close_matches(name, PRESETS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"recipes: no preset {name}{hint} (presets: {', '.join(PRESETS)})")
-        recipe = load_recipe(name, **{argument: argument.upper() for argument in needs(name)})
+        given: dict[str, Any] = {argument: argument.upper() for argument in needs(name)}
+        recipe = load_recipe(name, **given)
         print(f"# {python_inspect.getdoc(PRESETS[name])}".replace("\n", "\n# ").replace("# \n", "#\n"))
         print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False), end="")
         return
@@ -581,31 +604,31 @@ def demo(run: RunOption = Path("runs/demo")) -> None:
     """The whole story on built-in pictures: a teacher, two ways to 25 %, their baselines, one table."""
     from tinyclip.demo import demo
 
-    demo(run, say=_say)
+    demo(run, say=say)
 
 
-def _load(model: str) -> CLIP:
+def _load(model: str, allow_remote: bool) -> CLIP:
     """A model to pass on. Raises ValueError for one that our towers cannot express."""
     from tinyclip.distill.teacher import load_teacher
 
-    teacher = load_teacher(model)
+    teacher = load_teacher(model, allow_remote=allow_remote)
     if teacher.clip is None:
         raise ValueError(f"{model}: cannot be converted: {teacher.teach_only}")
     return teacher.clip
 
 
-def _load_bare(model: str) -> CLIP:
+def _load_bare(model: str, allow_remote: bool) -> CLIP:
     """A model whose weights and sizes are enough: it need not know how it reads pictures and captions."""
     from tinyclip.distill.teacher import OPEN_CLIP
     from tinyclip.formats.checkpoint import load
 
-    return _load(model) if model.startswith(OPEN_CLIP) else load(model)
+    return _load(model, allow_remote) if model.startswith(OPEN_CLIP) else load(model)
 
 
-def _compress(recipe: Recipe, run: Path, name: str) -> None:
+def _compress(recipe: Recipe, run: Path, name: str, allow_remote: bool) -> None:
     from tinyclip.compress import compress
 
-    _launch(recipe, lambda world: compress(recipe, run, name=name, say=_say, world=world))
+    _launch(recipe, lambda world: compress(recipe, run, name=name, say=say, world=world, allow_remote=allow_remote))
 
 
 def _launch(recipe: Recipe, work: Callable[[World], Path]) -> None:
@@ -615,7 +638,7 @@ def _launch(recipe: Recipe, work: Callable[[World], Path]) -> None:
     with launched(recipe.device) as world:
         result = work(world)
         if world.is_main:
-            print(result)
+            print(line(result))
 
 
 def _recipe_name(recipe: str, changes: list[str] | None) -> str:
@@ -623,10 +646,6 @@ def _recipe_name(recipe: str, changes: list[str] | None) -> str:
     from tinyclip.formats.provenance import public
 
     return " --set ".join([Path(recipe).name, *map(public, changes or ())])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class Stopped(BaseException):
@@ -655,12 +674,24 @@ def main() -> None:
 
 def _end(stop: Stopped | Interrupted) -> NoReturn:
     """One line, and the exit status: a run that can be continued has done nothing wrong when it ends by SIGTERM."""
-    from tinyclip.run import command
-
     is_run = bool({"compress", "embed", "train", "demo"} & set(sys.argv[1:3]))
     if os.environ.get("RANK", "0") == "0":
-        print(f"tinyclip: {stop}{'; continue with: ' + command() if is_run else ''}", file=sys.stderr)
+        say(f"tinyclip: {stop}{'; continue with: ' + _to_continue() if is_run else ''}")
     sys.exit(0 if is_run and stop.signal_number == signal.SIGTERM else 128 + stop.signal_number)
+
+
+def _to_continue() -> str:
+    """The command of this process; where that holds a secret, one that finds it in the run's recipe."""
+    from tinyclip.run import command
+
+    given = sys.argv[1:]
+    runs = [given[place + 1] for place, name in enumerate(given[:-1]) if name in ("--run", "--run-dir")]
+    runs += [argument.partition("=")[2] for argument in given if argument.startswith(("--run=", "--run-dir="))]
+    recipes = [recipe for run in runs if (recipe := Path(run) / "recipe.yaml").is_file() and not has_secrets(run)]
+    if not has_secrets(shlex.join(given)) or not recipes:
+        return command()
+    verb = next(argument for argument in given if not argument.startswith("-"))
+    return command([verb, str(recipes[-1]), "--run", str(recipes[-1].parent), "--allow-remote"])
 
 
 def _main_command(stops: Sequence[Stopped]) -> None:
@@ -685,10 +716,17 @@ def _main_command(stops: Sequence[Stopped]) -> None:
             cast(Any, error).show()
             sys.exit(2)
         if said is None and (debug or not isinstance(error, ValueError | OSError)):
+            sys.excepthook = _show_traceback
             raise
         message = str(error) if said is None else re.sub(r"^Invalid value for '(\S+)': ", r"\1: ", said())
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
         where = "" if rank == "0" else f"process {rank}: "
-        print(f"tinyclip: error: {where}{' '.join(message.split())}", file=sys.stderr)
+        say(f"tinyclip: error: {where}{' '.join(message.split())}")
         sys.exit(2)
+
+
+def _show_traceback(_kind: type[BaseException], error: BaseException, _traceback: Any) -> None:
+    for part in traceback.format_exception(error):
+        for own in redacted(part).splitlines():
+            say(own)

@@ -42,17 +42,20 @@ def compress(
     name: str | None = None,
     say: Callable[[str], None] = print,
     world: World = ALONE,
+    allow_remote: bool = False,
 ) -> Path:
     """Run the recipe, known as `name`, and return the directory of the final model, `run_dir`/model.
 
+    What the recipe names is trusted. With `allow_remote`, so is what a teacher's own directory names.
     Raises ValueError for a recipe that does not fit its model or data, or a run directory of another recipe. On several
     processes, `run_dir` is on storage that all of them see.
     """
     prepare_cpu()
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
-    teachers = [load_teacher(teacher) for teacher in recipe.teachers]
-    student = starting_point(recipe.start, teachers, source, seed=recipe.seed).to(device)
+    teachers = [load_teacher(teacher, allow_remote=allow_remote) for teacher in recipe.teachers]
+    start = starting_point(recipe.start, teachers, source, seed=recipe.seed, allow_remote=allow_remote)
+    student = start.to(device)
     student.provenance = recipe.provenance(name, (*(teacher.clip for teacher in teachers), student))
     teachers = placed(teachers, recipe, device, world)
     world.on_main(check_rules, recipe, student)

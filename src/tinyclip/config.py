@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from tinyclip.redact import redacted
+
 
 class Config(BaseModel):
     """A frozen value: keyword-only, unknown fields are errors."""
@@ -36,4 +38,4 @@ def difference(before: Any, after: Any, name: str = "") -> list[str]:
 
 
 def _short(setting: Any) -> str:
-    return "..." if isinstance(setting, dict | list) and len(str(setting)) > 60 else str(setting)
+    return "..." if isinstance(setting, dict | list) and len(str(setting)) > 60 else str(redacted(setting))

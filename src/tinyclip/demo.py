@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from tinyclip import recipes
 from tinyclip.compress import compress
@@ -23,6 +21,7 @@ from tinyclip.evaluate import cost
 from tinyclip.evaluate.speed import pairs_per_s
 from tinyclip.formats.checkpoint import load
 from tinyclip.run import results, write_text
+from tinyclip.terminal import Table, show
 
 SCORES = ("top1", "image_to_text_recall@1", "text_to_image_recall@1")
 MODELS = {  # directory in the run: what the table calls it
@@ -63,7 +62,7 @@ def demo(run_dir: Path, *, say: Callable[[str], None] = print) -> Path:
         compress(recipes.demo_scratch(str(run_dir / kind)), run_dir / f"scratch-{kind}", say=say)
     rows = summarise(run_dir)
     write_text(run_dir / "demo.json", json.dumps([asdict(row) for row in rows], indent=2))
-    Console().print(table(rows))
+    show(table(rows))
     say(f"{time.perf_counter() - started:.0f} s; models, metrics and scores are in {run_dir}")
     return run_dir / "demo.json"
 

@@ -17,7 +17,14 @@ from tinyclip.distributed import ALONE, World
 from tinyclip.recipe import Recipe
 
 
-def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, world: World = ALONE) -> Path:
+def embed(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    say: Callable[[str], None] = print,
+    world: World = ALONE,
+    allow_remote: bool = False,
+) -> Path:
     """Store the teachers' embeddings of the recipe's data where `compress` will look for them; returns the directory.
 
     Raises ValueError for a recipe without a store.
@@ -27,7 +34,8 @@ def embed(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print, 
     prepare_cpu()
     device = pick_device(recipe.device)
     source = open_source(recipe.data.train)
-    teachers = placed([load_teacher(teacher) for teacher in recipe.teachers], recipe, device, world)
+    teachers = [load_teacher(teacher, allow_remote=allow_remote) for teacher in recipe.teachers]
+    teachers = placed(teachers, recipe, device, world)
     LeftOut(say if world.is_main else None).opened(source)
     world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
     with run.exclusive(run_dir, world):

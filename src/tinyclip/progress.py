@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tinyclip.terminal import console, line, say
 
 SECONDS_PER_LINE = 60  # where there is no terminal
 
@@ -21,17 +22,17 @@ class Display:
         self._bar = None
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[rate]}", markup=False),
                 TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[text]}"),
-                console=Console(stderr=True),
+                TextColumn("{task.fields[text]}", style="dim", markup=False),
+                console=console(stderr=True),
                 transient=not stays,
                 speed_estimate_period=600,  # s; one of the counted things can take a minute
             )
-            self._task = self._bar.add_task(title, total=total, completed=done, rate="", text="")
+            self._task = self._bar.add_task(line(title), total=total, completed=done, rate="", text="")
             self._bar.start()
 
     def expect(self, total: int) -> None:
@@ -48,12 +49,12 @@ class Display:
         elif now - self._last_line >= SECONDS_PER_LINE:
             self._last_line = now
             left_s = (now - self._started) / (done - self._start) * (self._total - done)
-            line = f"{self._title}  {done}/{self._total}  {rate}  {left_s / 60:.0f} min left  {self._text}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            told = f"{self._title}  {done}/{self._total}  {rate}  {left_s / 60:.0f} min left  {self._text}"
+            say(told.rstrip())
 
     def note(self, text: str) -> None:
         """Shown beside it from now on."""
-        self._text = text
+        self._text = line(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -104,7 +104,7 @@ class Recipe(Config):
             teacher=model_origin(self.teacher, licenses.teacher) if self.teacher is not None else None,
             more_teachers=tuple(model_origin(teacher, license) for teacher, license in more) or None,
             start=model_origin(self.start, licenses.start) if isinstance(self.start, str) else None,
-            data=Origin(name=public(str(self.data.train.without_secrets())), license=licenses.data or UNKNOWN),
+            data=Origin(name=public(self.data.train.public), license=licenses.data or UNKNOWN),
             recipe=name,
             code=Origin(name=f"tinyclip {__version__}", license="mit"),
             ancestors=ancestors(parent.provenance for parent in parents if parent is not None),

@@ -14,11 +14,12 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tinyclip.data.spec import DataSpec
+from tinyclip.data.spec import ALLOW_REMOTE, DataSpec, from_file
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
 from tinyclip.recipe import Recipe, Stage
+from tinyclip.redact import redacted
 from tinyclip.shrink.inherit import Inherit, TowerRule
 from tinyclip.shrink.masks import LearnMasks
 from tinyclip.start import Like, Scratch
@@ -280,11 +281,17 @@ PRESETS: Mapping[str, Callable[..., Recipe]] = {
 
 
 def load_recipe(
-    name: str, *, teacher: str | None = None, data: str | None = None, changes: Sequence[str] = ()
+    name: str,
+    *,
+    teacher: str | None = None,
+    data: str | None = None,
+    changes: Sequence[str] = (),
+    allow_remote: bool = False,
 ) -> Recipe:
     """A preset's name or a YAML file, with `changes` such as "stages.0.distill.lr=3e-4" applied.
 
-    Raises ValueError, one line, for an unknown preset, field or type, and for a preset without its teacher or data.
+    Raises ValueError, one line, for an unknown preset, field or type, for a preset without its teacher or data, and,
+    unless `allow_remote`, for a command (pipe:) that stands in the file and not in `data` or `changes`.
     """
     if name in PRESETS:
         wanted = {"teacher": teacher, "data": data}
@@ -298,12 +305,13 @@ def load_recipe(
     for change in changes:
         path, equals, value = change.partition("=")
         if not path or not equals:
-            raise ValueError(f"--set {change}: expected path=value, such as stages.0.distill.lr=3e-4")
+            raise ValueError(f"--set {redacted(change)}: expected path=value, such as stages.0.distill.lr=3e-4")
         try:
             _set(settings, path, yaml.safe_load(value))
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {change}: not a YAML value: {getattr(error, 'problem', error)}") from None
-    return parse(settings, name)
+            problem = getattr(error, "problem", error)
+            raise ValueError(f"--set {redacted(change)}: not a YAML value: {problem}") from None
+    return parse(settings, name, allow_remote=allow_remote)
 
 
 def needs(name: str) -> tuple[str, ...]:
@@ -332,7 +340,7 @@ def _read_yaml(name: str) -> dict[str, Any]:
         raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {name}: expected a mapping of settings, got {type(settings).__name__}")
-    return settings
+    return from_file(settings)
 
 
 def _set(settings: dict[str, Any], path: str, value: Any) -> None:
@@ -357,10 +365,10 @@ def _key(target: Any, part: str, path: str) -> Any:
     return int(part)
 
 
-def parse(settings: Any, name: str) -> Recipe:
+def parse(settings: Any, name: str, *, allow_remote: bool = False) -> Recipe:
     """Validate, with one line for the first error: which field, what was expected, what came."""
     try:
-        return Recipe.model_validate(settings)
+        return Recipe.model_validate(settings, context=ALLOW_REMOTE if allow_remote else None)
     except ValidationError as error:
         first = _most_telling(error.errors())
         where = ".".join(_path(settings, first["loc"]))
@@ -370,7 +378,7 @@ def parse(settings: Any, name: str) -> Recipe:
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"].startswith("union_tag"):
             reason = f"expected kind: {first.get('ctx', {}).get('expected_tags') or 'the name of a rule'}"
-        got = f", got {first['input']!r}" if isinstance(first["input"], str | int | float | None) else ""
+        got = f", got {redacted(first['input'])!r}" if isinstance(first["input"], str | int | float | None) else ""
         raise ValueError(f"recipe {name}: {where + ': ' if where else ''}{reason}{got}") from None
 
 

@@ -1,6 +1,7 @@
 """What a run leaves on disk, and how a second call finds it again.
 
-RUN/recipe.yaml         the resolved recipe; a run continues only under the same one, but for where and how it computes
+RUN/recipe.yaml         the resolved recipe; a run continues only under the same one, but for where and how it computes.
+                        The only file that holds a secret which the recipe names; then nobody else may read it
 RUN/inputs.json         the number of images and the teachers' weights that it began with
 RUN/.lock               held while a call works on the run
 RUN/start.json          the shape of the model that the first stage cuts
@@ -43,6 +44,7 @@ from tinyclip.evaluate import cost
 from tinyclip.formats import checkpoint
 from tinyclip.formats.files import read_json, write_text, writing
 from tinyclip.model import CLIP
+from tinyclip.redact import has_secrets, redacted
 
 FREE = ("device", "data.workers", "data.max_bad_share")  # another call of the same run may have others
 
@@ -62,7 +64,7 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> None:
         return
     if run_dir.exists() and (not run_dir.is_dir() or any(p.name != f".{path.name}.tmp" for p in run_dir.iterdir())):
         raise ValueError(f"{run_dir}: expected a new directory or a run to continue, found neither (no recipe.yaml)")
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, yaml.safe_dump(settings, sort_keys=False), private=has_secrets(settings))
 
 
 def inputs_of(source: Source, teachers: Sequence[Teacher]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def has_teacher(run_dir: Path) -> bool:
 
 def record_teacher(run_dir: Path, teacher: Teacher, scores: dict[str, float]) -> None:
     """Write what the students are held against."""
-    record: dict[str, Any] = {"name": teacher.name, "scores": scores}
+    record: dict[str, Any] = {"name": redacted(teacher.name), "scores": scores}
     if teacher.clip is not None:
         record["cost"] = asdict(cost(teacher.clip.config))
     write_text(run_dir / "teacher.json", json.dumps(record, indent=2))
@@ -139,17 +141,18 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
     with writing(path), path.open("a+b") as file:
         file.seek(max(0, file.tell() - 1))
         torn = file.read(1) not in (b"", b"\n")  # a line that a full disk or a crash cut off stays alone
-        file.write(b"\n" * torn + json.dumps({"time": now, **line}).encode() + b"\n")
+        file.write(b"\n" * torn + json.dumps(redacted({"time": now, **line})).encode() + b"\n")
 
 
-def command() -> str:
-    """The command of this process, as one would type it."""
+def command(arguments: Sequence[str] | None = None) -> str:
+    """The command of this process, or one with other arguments, as one would type it; without secrets."""
+    given = [redacted(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     program = Path(sys.argv[0]) if sys.argv[0] else Path("python")
     if program.name == "__main__.py":  # python -m PACKAGE, or torchrun -m PACKAGE
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
-        return shlex.join([*start, "-m", program.parent.name, *sys.argv[1:]])
-    return shlex.join([program.name, *sys.argv[1:]])
+        return shlex.join([*start, "-m", program.parent.name, *given])
+    return shlex.join([program.name, *given])
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -42,7 +42,12 @@ class Like(Config):
 
 
 def starting_point(
-    start: str | Scratch | Like | None, teachers: Sequence[Teacher], source: Source, *, seed: int
+    start: str | Scratch | Like | None,
+    teachers: Sequence[Teacher],
+    source: Source,
+    *,
+    seed: int,
+    allow_remote: bool = False,
 ) -> CLIP:
     """The model that the first stage shrinks. Raises ValueError where a teacher's weights cannot be inherited."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +55,7 @@ def starting_point(
         case Scratch() as scratch:
             return from_scratch(scratch, source, generator)
         case Like(like=spec) | str(spec):
-            parent = load_teacher(spec)
+            parent = load_teacher(spec, allow_remote=allow_remote)
         case None:
             assert teachers, "a recipe has a teacher or a start"
             parent = teachers[0]

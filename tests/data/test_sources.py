@@ -134,7 +134,7 @@ def test_a_wrong_spec_is_one_line_that_says_what_is_known(spec, expected):
     ],
 )
 def test_secrets_of_a_spec_can_be_left_out(spec, shown):
-    assert str(DataSpec.parse(spec).without_secrets()) == shown
+    assert DataSpec.parse(spec).public == shown
     assert DataSpec.parse(str(DataSpec.parse(spec))) == DataSpec.parse(spec)
 
 

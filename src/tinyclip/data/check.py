@@ -24,6 +24,7 @@ from tinyclip.data.flags import flags_of
 from tinyclip.data.loader import in_order
 from tinyclip.data.sources import Source, left_out
 from tinyclip.preprocess import MAX_ASPECT, to_pixels
+from tinyclip.redact import redacted
 from tinyclip.tokenizer import Tokenizer
 
 BLOCK = 64  # items that a worker reads at a time
@@ -237,7 +238,7 @@ def _most_common(names: Iterable[str]) -> dict[str, int]:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    return {name: _named(value) for name, value in asdict(report).items()}
+    return redacted({name: _named(value) for name, value in asdict(report).items()})
 
 
 def _named(value: Any) -> Any:

@@ -26,6 +26,11 @@ from tinyclip.data.texts import Words
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
+def is_on_disk(path: str) -> bool:
+    """Whether huggingface:... is a directory that `datasets` saved; anything else it may look for on the hub."""
+    return any((Path(path.removeprefix(HUGGINGFACE)) / file).is_file() for file in SAVED)
+
+
 def open_hub(spec: DataSpec) -> HubRows | EncodedRows | Shards | Listed:
     """Raises ValueError for a set, split or column that is not there, and for files that cannot be streamed."""
     where = spec.path.removeprefix(HUGGINGFACE)

@@ -9,7 +9,10 @@ Shape legend: B pairs, L tokens, S the side of the square picture that a model r
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -29,6 +32,7 @@ from tinyclip.preprocess import Preprocess, stack
 from tinyclip.tokenizer import Tokenizer
 
 ASPECTS = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision's RandomResizedCrop
+LOOK_EVERY_S = 0.5  # whether the main process is still there
 MANY = 100  # items, of which a share of bad ones says something
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 Skipped = list[tuple[str, str]]  # (key, reason) of items that cannot be read
@@ -287,11 +291,19 @@ class _Results(Dataset, Generic[T]):
             return error
 
 
-def _leave_stopping_to_the_main_process(_worker: int) -> None:
+def _obey(_worker: int) -> None:
     """Ctrl-C reaches every process of a terminal, SIGTERM often every one of a job; the main one saves its state with
-    what they read until then. It ends its workers, with a second SIGTERM if need be."""
+    what they read until then. It ends its workers, with a second SIGTERM if need be; where it is killed, they end too,
+    with the commands that they run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(main: int) -> None:
+    while os.getppid() == main:
+        time.sleep(LOOK_EVERY_S)
+    os._exit(1)
 
 
 def in_order(function: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T]:
@@ -301,7 +313,7 @@ def in_order(function: Callable[[int], T], numbers: Iterable[int], workers: int)
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_leave_stopping_to_the_main_process,
+        worker_init_fn=_obey,
         generator=torch.Generator(),  # or the DataLoader would advance the global one
     )
     for result in loader:

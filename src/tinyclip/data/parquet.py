@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinyclip.data.cache import Part, digest
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import Folder, Zip, check_size, open_files, without_folder
+from tinyclip.data.files import Folder, Zip, check_size, open_files
 from tinyclip.data.flags import flags_in, is_flag
 from tinyclip.data.patterns import paths_of
 from tinyclip.data.remote import (
@@ -32,6 +32,7 @@ from tinyclip.data.remote import (
     check_room,
     describe,
     filesystem,
+    item_names,
     transfer_of,
     tried,
     within,
@@ -68,13 +69,18 @@ class Table(NamedTuple):
     version: str
 
     @property
-    def name(self) -> str:
+    def path(self) -> str:
         return self.file.url if isinstance(self.file, Remote) else str(self.file)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.file.where if isinstance(self.file, Remote) else str(self.file)
 
 
 def open_parquet(spec: DataSpec, paths: Sequence[str] | None = None) -> Listed | EncodedRows:
     """Raises ValueError for a file that is missing or damaged, and for files that have different columns."""
-    _require_pyarrow(spec.path)
+    _require_pyarrow(spec.name)
     transfer = transfer_of(spec)
     paths = paths_of(spec.path) if paths is None else paths
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -86,7 +92,7 @@ def open_parquet(spec: DataSpec, paths: Sequence[str] | None = None) -> Listed |
     if first.kinds[image] == "encoded":
         return EncodedRows(spec, tables, image, transfer)
     if first.kinds[image] == "other":
-        raise ValueError(f"{spec.path}: column {image}: expected paths, bytes or a struct of bytes and path")
+        raise ValueError(f"{spec.name}: column {image}: expected paths, bytes or a struct of bytes and path")
     files = open_files(_folder(spec, first))
     words = Words(spec, first.columns, objects=first.objects)
     wanted = [name for name, _, _ in conditions(spec.where, first.columns, spec.path)]
@@ -101,8 +107,8 @@ class EncodedRows:
     jpeg_side: int | None = None  # set by open_source
 
     def __init__(self, spec: DataSpec, tables: Sequence[Table], image: str, transfer: Transfer) -> None:
-        self.name, self.tables, self.image_column, self.transfer = spec.path, list(tables), image, transfer
-        self.window, self._names = spec.window or WINDOW_SHARDS, without_folder([table.name for table in tables])
+        self.name, self.tables, self.image_column, self.transfer = spec.name, list(tables), image, transfer
+        self.window, self._names = spec.window or WINDOW_SHARDS, item_names([table.path for table in tables])
         check_room(self.name, [table.cache_bytes for table in tables], self.window, transfer)
         names = [column for column in tables[0].columns if column != image]
         self._words = Words(spec, names, objects=tables[0].objects)
@@ -169,7 +175,7 @@ class EncodedRows:
 
     def expect(self, groups: Sequence[int]) -> None:
         tables = [self.tables[number] for number in groups]
-        ahead().want(self.name, [(self._cached(table)[0], partial(self._arrow, table)) for table in tables])
+        ahead().want(str(id(self)), [(self._cached(table)[0], partial(self._arrow, table)) for table in tables])
 
     def version(self) -> str:
         """Changes with the content."""
@@ -285,10 +291,10 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
 def _kept(spec: DataSpec, table: Table, columns: Sequence[str], transfer: Transfer) -> np.ndarray:
     """The rows of a file that `where` keeps, int64."""
-    wanted = [name for name, _, _ in conditions(spec.where, columns, spec.path)]
+    wanted = [name for name, _, _ in conditions(spec.where, columns, spec.name)]
     if not wanted:
         return np.arange(table.num_rows)
-    keep = row_filter(spec.where, columns, spec.path)
+    keep = row_filter(spec.where, columns, spec.name)
     return np.flatnonzero([keep(row) for row in _rows(table, wanted, transfer)])
 
 
@@ -329,7 +335,7 @@ def _read(file: Path | Remote, transfer: Transfer, action: Callable[[Any], T]) -
         with open(file, "rb") as opened:
             return _parsed(str(file), lambda: action(_parquet_file(opened)))
     with _seekable(file, transfer) as opened:
-        return _parsed(file.url, lambda: tried(file.url, transfer, lambda: action(_parquet_file(opened))))
+        return _parsed(file.where, lambda: tried(file.url, transfer, lambda: action(_parquet_file(opened))))
 
 
 @contextmanager

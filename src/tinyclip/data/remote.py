@@ -6,10 +6,14 @@ times; then one ValueError names the URL. What is needed next is fetched in back
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,9 +24,12 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from tinyclip.data import guard
 from tinyclip.data.cache import Cache, Part, cache_directory, digest
 from tinyclip.data.decode import one_line
-from tinyclip.data.spec import PIPE, DataSpec
+from tinyclip.data.files import without_folder
+from tinyclip.data.spec import PIPE, DataSpec, is_remote
+from tinyclip.redact import LEFT_OUT, redacted
 
 CHUNK_BYTES = 2**22
 BACKOFF_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -52,15 +59,17 @@ class Remote(NamedTuple):
     url: str
     size: int | None  # bytes; a command does not say
     version: str  # what the server says changes with the content
+    number: int | None = None  # of a command, whose text is not shown, among those of its set
 
     @property
     def where(self) -> str:
-        return self.url
+        """For people."""
+        return _shown(self.url, self.number)
 
     @property
     def name(self) -> str:
         """In the cache."""
-        return digest(*self)
+        return digest(self.url, self.size, self.version)
 
     def opened(self, transfer: Transfer) -> Any:
         """A context with the file. Raises ValueError."""
@@ -70,16 +79,31 @@ class Remote(NamedTuple):
         transfer.cache.path(self.name, lambda part: download(self, part, transfer))
 
 
-def describe(url: str, transfer: Transfer) -> Remote:
+def item_names(paths: Sequence[str]) -> list[str]:
+    """What items of these files are named after: without shared folders and without secrets.
+
+    Files that are then called the same, such as the outputs of commands, are numbered.
+    """
+    names = without_folder([redacted(path) if is_remote(path) else path for path in paths])
+    if len(set(names)) < len(set(paths)):
+        return [f"{name} {number}" for number, name in enumerate(names)]
+    return names
+
+
+def _shown(url: str, number: int | None) -> str:
+    return redacted(url) if number is None or not url.startswith(PIPE) else f"{redacted(url)} {number}"
+
+
+def describe(url: str, transfer: Transfer, number: int | None = None) -> Remote:
     """Raises ValueError where the URL does not answer."""
     if url.startswith(PIPE):
-        return Remote(url, None, "")
+        return Remote(url, None, "", number)
 
     def ask() -> Remote:
         system, path = filesystem(url, transfer)
         info = system.info(path)
         versions = [str(info[field]) for field in VERSION_FIELDS if info.get(field)]
-        return Remote(url, info.get("size"), versions[0] if versions else "")
+        return Remote(url, info.get("size"), versions[0] if versions else "", number)
 
     return tried(url, transfer, lambda: within(transfer.timeout_s, ask))
 
@@ -104,7 +128,7 @@ def download(remote: Remote, part: Part, transfer: Transfer) -> None:
     def attempt() -> None:
         part.restart()
         part.reserve(remote.size or 0)
-        if describe(remote.url, transfer) != remote:
+        if describe(remote.url, transfer, remote.number) != remote:
             raise ValueError("has changed since it was opened")
         with _reader(remote, transfer) as read:
             while chunk := within(transfer.timeout_s, lambda: read(CHUNK_BYTES)):
@@ -112,7 +136,7 @@ def download(remote: Remote, part: Part, transfer: Transfer) -> None:
         if remote.size is not None and part.size != remote.size:
             raise OSError(f"ended after {part.size} of {remote.size} bytes")
 
-    tried(remote.url, transfer, attempt)
+    tried(remote.url, transfer, attempt, remote.where)
 
 
 @contextmanager
@@ -138,11 +162,17 @@ def _reader(remote: Remote, transfer: Transfer) -> Iterator[Callable[[int], byte
 
 @contextmanager
 def _output(url: str, timeout_s: float) -> Iterator[Callable[[int], bytes]]:
-    """What a command writes. No shell reads it: quotes and spaces are as in one, and nothing else is."""
+    """What a command writes. No shell reads it: quotes and spaces are as in one, and nothing else is.
+
+    It ends with this process, even where that is killed: guard.py.
+    """
     with tempfile.TemporaryFile() as complaints:
         command = shlex.split(url.removeprefix(PIPE))
+        if shutil.which(command[0]) is None:
+            raise FileNotFoundError(errno.ENOENT, "no such program", command[0])
+        guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command]
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, start_new_session=True
+            guarded, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, start_new_session=True
         )
         assert process.stdout is not None, "it is a pipe"
         try:
@@ -156,7 +186,15 @@ def _output(url: str, timeout_s: float) -> Iterator[Callable[[int], bytes]]:
         if status:
             complaints.seek(0)
             last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise OSError(": ".join([f"exit status {status}", *last]))
+            raise OSError(": ".join([f"exit status {status}", *(_without_words_of(command, line) for line in last)]))
+
+
+def _without_words_of(command: Sequence[str], complaint: str) -> str:
+    """What a command complains of, without what it was told, which may be secret; it may name itself."""
+    told = [*command[1:], *re.findall(r"[\w.+~%-]{4,}", " ".join(command[1:]))]
+    for word in sorted(filter(str.strip, told), key=len, reverse=True):
+        complaint = complaint.replace(word, LEFT_OUT) if len(word) > len(LEFT_OUT) else complaint
+    return complaint
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
@@ -178,8 +216,13 @@ def within(seconds: float, function: Callable[[], T]) -> T:
         raise TimeoutError(f"no answer in {seconds:g} s") from None
 
 
-def tried(url: str, transfer: Transfer, action: Callable[[], T]) -> T:
-    """Raises ValueError, one line that names the URL: at once for what another try cannot mend, else after the last."""
+def tried(url: str, transfer: Transfer, action: Callable[[], T], name: str | None = None) -> T:
+    """What `action` returns, tried again where that can help.
+
+    Raises ValueError, one line that names the URL without its secrets: at once for what another try cannot mend, else
+    after the last.
+    """
+    name = name or redacted(url)
     for attempt in range(transfer.retries + 1):
         if attempt:
             time.sleep(min(BACKOFF_S * 2 ** (attempt - 1), LONGEST_PAUSE_S))
@@ -187,14 +230,14 @@ def tried(url: str, transfer: Transfer, action: Callable[[], T]) -> T:
             return action()
         except ImportError as error:
             extra = EXTRAS.get(url.partition("://")[0], "data")
-            raise ValueError(f"{url}: needs pip install 'tinyclip[{extra}]': {one_line(error)}") from None
+            raise ValueError(f"{name}: needs pip install 'tinyclip[{extra}]': {one_line(error)}") from None
         except ValueError as error:  # ours, or a URL that makes no sense
-            raise ValueError(f"{url}: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
         except Exception as error:  # each protocol has its own
             last = one_line(error)
             if _is_final(error):
-                raise ValueError(f"{url}: {last}") from None
-    raise ValueError(f"{url}: {last}; tried {transfer.retries + 1} times")
+                raise ValueError(f"{name}: {last}") from None
+    raise ValueError(f"{name}: {last}; tried {transfer.retries + 1} times")
 
 
 def _is_final(error: Exception) -> bool:

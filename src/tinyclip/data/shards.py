@@ -7,6 +7,7 @@ and is good as long as the shard's size and time (remote: what its server says o
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -26,10 +27,10 @@ from webdataset.tariterators import base_plus_ext
 
 from tinyclip.data.cache import digest, is_remembered, remembered
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import check_size, plain_name, without_folder
+from tinyclip.data.files import check_size, plain_name
 from tinyclip.data.flags import flags_in
 from tinyclip.data.patterns import paths_of
-from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, transfer_of
+from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, item_names, transfer_of
 from tinyclip.data.spec import DataSpec, is_remote
 from tinyclip.data.texts import CAPTION_COLUMNS, Words, as_text
 from tinyclip.progress import Display
@@ -117,7 +118,7 @@ class Tars:
         self.shards: list[Local | Remote] = []
         self.indexes: list[Index] = []
         paths = [str(shard) for shard in shards]
-        self._names = without_folder(paths)
+        self._names = item_names(paths)
         self._open(paths, limit)
         self.left_out = dict(sum((Counter(index.left_out) for index in self.indexes), Counter()))
         self.first = np.concatenate([[0], np.cumsum([len(index.keys) for index in self.indexes])])  # sample of a shard
@@ -130,7 +131,7 @@ class Tars:
         try:
             with Scanned() as scanned:
                 for start in range(0, len(shards), step):
-                    self.shards += pool.map(self._described, shards[start : start + step])
+                    self.shards += pool.map(self._described, shards[start : start + step], itertools.count(start))
                     if self.transfer is not None:
                         sizes = [shard.size or 0 for shard in self.shards if isinstance(shard, Remote)]
                         check_room(self.name, sizes, self.window, self.transfer)
@@ -162,8 +163,8 @@ class Tars:
     def _num_samples(self) -> int:
         return sum(len(index.keys) for index in self.indexes)
 
-    def _described(self, shard: str) -> Local | Remote:
-        return describe(shard, self.transfer) if self.transfer is not None else _local(shard)
+    def _described(self, shard: str, number: int) -> Local | Remote:
+        return describe(shard, self.transfer, number) if self.transfer is not None else _local(shard)
 
     def _index(self, shard: Local | Remote) -> Index:
         found = self._scan(shard) if _is_small(shard) else remembered(_index_name(shard), lambda: self._scan(shard))
@@ -225,7 +226,7 @@ class Tars:
     def expect(self, groups: Sequence[int]) -> None:
         assert self.transfer is not None, "only remote shards are groups"
         remotes = [shard for number in groups if isinstance(shard := self.shards[number], Remote)]
-        ahead().want(self.name, [(shard.name, partial(shard.fetch, self.transfer)) for shard in remotes])
+        ahead().want(str(id(self)), [(shard.name, partial(shard.fetch, self.transfer)) for shard in remotes])
 
     def version(self) -> str:
         """Changes with the content."""
@@ -257,9 +258,9 @@ class Shards(Tars):
         paths = paths_of(spec.path) if paths is None else paths
         remote = is_remote(spec.path) or any(map(is_remote, paths))
         transfer = transfer_of(spec) if remote else None
-        super().__init__(spec.path, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
+        super().__init__(spec.name, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
         if not len(self):
-            raise ValueError(f"{spec.path}: no images" + (f"; left out: {self.left_out}" if self.left_out else ""))
+            raise ValueError(f"{spec.name}: no images" + (f"; left out: {self.left_out}" if self.left_out else ""))
         self._are_lines, self._sep = spec.lines is not False, spec.sep
         columns, usual = self._columns()
         self._words = Words(spec, columns, usual=usual, order=CAPTIONS)

@@ -14,15 +14,15 @@ from PIL import Image
 
 from tinyclip.data.decode import BadItem
 from tinyclip.data.filters import Filtered, Readable, asks_for_filters
-from tinyclip.data.hub import open_hub
+from tinyclip.data.hub import is_on_disk, open_hub
 from tinyclip.data.mixture import Mixture
 from tinyclip.data.parquet import open_parquet
 from tinyclip.data.scenes import Scenes
 from tinyclip.data.shards import Shards
-from tinyclip.data.spec import DataSpec
+from tinyclip.data.spec import HUGGINGFACE, DataSpec, is_remote
 from tinyclip.data.tables import open_folders, open_table
 
-__all__ = ["BadItem", "Source", "jpeg_sides", "left_out", "open_source"]
+__all__ = ["BadItem", "Source", "is_local", "jpeg_sides", "left_out", "open_source"]
 
 OPENERS = {
     "table": open_table,
@@ -56,13 +56,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: str | Mapping[str, Any] | DataSpec) -> Source:
-    """Opens and checks a data set.
+def open_source(spec: str | Mapping[str, Any] | DataSpec, *, allow_remote: bool = False) -> Source:
+    """Opens and checks a data set. What `spec` says itself is trusted; commands in a .yaml need `allow_remote`.
 
     Raises ValueError or FileNotFoundError, one line, for a missing file, column or image, a damaged archive, and a
     set without images.
     """
-    spec = DataSpec.parse(spec)
+    spec = DataSpec.parse(spec, allow_remote=allow_remote)
     if spec.kind == "scenes":
         return Scenes(spec.scenes_split, spec.count, spec.seed)
     if spec.mixture is not None:
@@ -70,6 +70,11 @@ def open_source(spec: str | Mapping[str, Any] | DataSpec) -> Source:
     source = OPENERS[spec.kind](spec)
     source.jpeg_side = spec.jpeg_side
     return Filtered(cast(Readable, source), spec) if asks_for_filters(spec) else source
+
+
+def is_local(spec: DataSpec) -> bool:
+    """Whether reading it starts no process and opens no address."""
+    return not any(is_remote(path) or (path.startswith(HUGGINGFACE) and not is_on_disk(path)) for path in spec.paths())
 
 
 def jpeg_sides(source: Source) -> Any:

@@ -15,7 +15,8 @@ The string is PATH[?key=value&key=value]. Values may hold '='; URL escapes such 
     scenes?split=train&count=4000    the built-in generator
     mixture?2=cc3m/train.parquet&1=scenes?count=4000                or a .yaml file, see `Member`
 
-`KEYS` says which keys go with which kind of data. A spec is as trusted as a command line: `pipe:` runs a program.
+`KEYS` says which keys go with which kind of data. A spec that a user typed or a program passes is as trusted as a
+command line: `pipe:` runs a program. One that stood in a file (`FromFile`) runs none, unless that is allowed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from typing import Any, Literal, Self, cast, get_args
 from urllib.parse import unquote
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from tinyclip.config import Config
 from tinyclip.data.scenes import Split
+from tinyclip.redact import redacted
 
 Kind = Literal["table", "parquet", "shards", "folders", "huggingface", "scenes", "mixture"]
 
@@ -55,6 +57,25 @@ Quotes = Literal["csv", "none"]
 HUGGINGFACE = "huggingface:"
 PIPE = "pipe:"
 ESCAPED = re.compile(r"%(?:25)*3F")  # in a string: %3F is a ?, %253F is %3F, and so on
+REFUSED = "a command (pipe:) runs where it is typed (--data, --set), or from a file with --allow-remote"
+ALLOW_REMOTE = {"allow_remote": True}  # pydantic's context: commands from files are run
+
+
+class FromFile(str):
+    """Text that stood in a file: another may have written it."""
+
+
+def from_file(value: Any) -> Any:
+    """A value read from a file, with all of its text marked as such, in place."""
+    waiting, seen = [value], set[int]()  # YAML's aliases may stand in several places, or in themselves
+    while waiting:
+        holder = waiting.pop()
+        if isinstance(holder, dict | list) and id(holder) not in seen:
+            seen.add(id(holder))
+            for key, own in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+                holder[key] = FromFile(own) if isinstance(own, str) else own
+                waiting.append(own)
+    return FromFile(value) if isinstance(value, str) else value
 
 
 class DataSpec(BaseModel):
@@ -107,30 +128,43 @@ class DataSpec(BaseModel):
     mixture: tuple[Member, ...] | None = Field(None, min_length=1, description="sets, each with its weight")
 
     @classmethod
-    def parse(cls, spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
-        """Raises ValueError, one line that quotes the spec, and FileNotFoundError for a .yaml that is not there."""
+    def parse(cls, spec: str | Mapping[str, Any] | DataSpec, *, allow_remote: bool = False) -> DataSpec:
+        """Raises ValueError, one line that quotes the spec, and FileNotFoundError for a .yaml that is not there.
+
+        Commands that stand in files, such as that .yaml, are refused unless `allow_remote`.
+        """
         try:
-            return cls.model_validate(spec)
+            return cls.model_validate(spec, context=ALLOW_REMOTE if allow_remote else None)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             reason = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"data {spec!r}: {where + ': ' if where else ''}{reason}") from None
+            raise ValueError(f"data {redacted(spec)!r}: {where + ': ' if where else ''}{reason}") from None
 
     def __str__(self) -> str:
         """What `parse` takes."""
         fields = self.model_dump(exclude={"path", "mixture"}, exclude_defaults=True)
         parts = [(f"{member.weight!r}", member.data) for member in self.mixture or ()] or fields.items()
-        query = "&".join(f"{key}={str(value).replace('%', '%25').replace('&', '%26')}" for key, value in parts)
+        query = "&".join(f"{key}={_as_value(str(value))}" for key, value in parts)
         path = ESCAPED.sub(lambda match: match[0].replace("%", "%25", 1), self.path).replace("?", "%3F")
         return f"{path}?{query}" if query else path
 
-    def without_secrets(self) -> DataSpec:
-        """For other eyes: commands, and the user, password and query of a URL, are left out."""
+    @property
+    def name(self) -> str:
+        """Of the set, for people: its path, or those that :: joins, without secrets."""
+        return _without_secrets(self.path)
+
+    @property
+    def public(self) -> str:
+        """The whole spec, for other eyes: without secrets."""
         if self.mixture is not None:
-            members = [own.model_copy(update={"data": own.data.without_secrets()}) for own in self.mixture]
-            return self.model_copy(update={"mixture": tuple(members)})
-        return self.model_copy(update={"path": "::".join(map(_without_secrets, self.path.split("::")))})
+            return "mixture?" + "&".join(f"{own.weight!r}={_as_value(own.data.public)}" for own in self.mixture)
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return str(self.model_copy(update={**redacted(fields), "path": self.name}))
+
+    def paths(self) -> list[str]:
+        """Its own, or those of its members."""
+        return [self.path] if self.mixture is None else [member.data.path for member in self.mixture]
 
     @property
     def kind(self) -> Kind:
@@ -147,12 +181,16 @@ class DataSpec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, value: Any) -> Any:
+    def _from_string(cls, value: Any, info: ValidationInfo) -> Any:
         """Strings are specs too, so that a recipe can hold either form. Names unknown keys with the known ones."""
         fields = _split(value) if isinstance(value, str) else value
+        if isinstance(value, FromFile):
+            fields = from_file(fields)
         if not isinstance(fields, Mapping):
             return fields
         path = fields.get("path")
+        if isinstance(path, FromFile) and commands_in(path) and info.context != ALLOW_REMOTE:
+            raise ValueError(REFUSED)
         if isinstance(path, str) and path.endswith((".yaml", ".yml")):
             fields = {**fields, "path": "mixture", **_read_mixture(path)}
         if unknown := [key for key in fields if key not in cls.model_fields]:
@@ -230,9 +268,12 @@ def _kind_of(path: str) -> Kind:
 
 
 def _without_secrets(path: str) -> str:
-    if path.startswith(PIPE):
-        return f"{PIPE}..."
-    return re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0]) if is_remote(path) else path
+    return "::".join(map(redacted, path.split("::")))
+
+
+def _as_value(text: str) -> str:
+    """A value of a spec, whose own separators do not count."""
+    return text.replace("%", "%25").replace("&", "%26")
 
 
 def _split(text: str) -> dict[str, Any]:
@@ -265,4 +306,4 @@ def _read_mixture(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or list(found) != ["mixture"]:
         raise ValueError(f"{path}: expected mixture: and a list of data and weight")
-    return found
+    return from_file(found)

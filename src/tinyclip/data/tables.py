@@ -119,7 +119,7 @@ def image_column(spec: DataSpec, columns: Sequence[str]) -> str:
     image = spec.image or next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image is None or image not in columns:
         known = ", ".join(columns)
-        raise ValueError(f"{spec.path}: no image column {image or ' or '.join(IMAGE_COLUMNS)}; it has {known}")
+        raise ValueError(f"{spec.name}: no image column {image or ' or '.join(IMAGE_COLUMNS)}; it has {known}")
     return image
 
 
@@ -137,7 +137,7 @@ def listed(
     Raises ValueError where nothing is left, FileNotFoundError where images are missing.
     """
     words = words or Words(spec, columns)
-    keep = row_filter(spec.where, columns, spec.path)
+    keep = row_filter(spec.where, columns, spec.name)
     by_image: dict[str, list[Row]] = {}
     ignored = Counter(left_out or {})
     for row in filter(keep, rows):
@@ -149,9 +149,9 @@ def listed(
     require_images(len(items), spec, ignored)
     if missing := [item.key for item in items if item.key not in files]:
         raise FileNotFoundError(
-            f"{spec.path}: {len(missing)} of {len(items)} images are not in {files.path}; the first is {missing[0]!r}"
+            f"{spec.name}: {len(missing)} of {len(items)} images are not in {files.path}; the first is {missing[0]!r}"
         )
-    return Listed(spec.path, files, items, dict(ignored))
+    return Listed(spec.name, files, items, dict(ignored))
 
 
 def _items(
@@ -172,7 +172,7 @@ def _items(
 def require_images(num_images: int, spec: DataSpec, ignored: Mapping[str, int] | None = None) -> None:
     if not num_images:
         where = f" where {spec.where}" if spec.where else ""
-        raise ValueError(f"{spec.path}: no images{where}" + (f"; left out: {dict(ignored)}" if ignored else ""))
+        raise ValueError(f"{spec.name}: no images{where}" + (f"; left out: {dict(ignored)}" if ignored else ""))
 
 
 def require_different(columns: Sequence[str], table: str) -> None:

@@ -85,14 +85,14 @@ class Words:
         self.label_template = spec.label and as_template(spec.label)
         self.shares = parse_shares(spec.captions) if spec.captions is not None else ()
         self.sources = [] if spec.caption is None else [as_template(spec.caption)]  # templates that are asked in turn
-        self._check(spec.path, columns, objects)
+        self._check(spec.name, columns, objects)
         if not self.sources and not self.shares and self.templates is None:
             found = [name for names in (usual or (), columns) for name in order if name in {*names} - objects.keys()]
             found += order if found and usual is not None else ()
             self.sources = [as_template(name) for name in dict.fromkeys(found)]
             if not found and spec.label is None:
                 known = ", ".join(f"{name} ({objects[name]})" if name in objects else name for name in columns)
-                raise ValueError(f"{spec.path}: no caption column {' or '.join(order)}; it has {known or 'none'}")
+                raise ValueError(f"{spec.name}: no caption column {' or '.join(order)}; it has {known or 'none'}")
         self.columns = self._named()
 
     def _named(self) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -20,6 +19,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 
 from tinyclip.formats.files import sync, writing
+from tinyclip.terminal import say
 
 DIGITS = 16  # of a sha256's 64: what rots by chance is found, what was forged would not be
 NAME = re.compile(rf"checkpoint-(\d{{6,}})-([0-9a-f]{{{DIGITS}}})\.pt")
@@ -31,14 +31,10 @@ class Found(NamedTuple):
     path: Path
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class Checkpoints:
     """Those in `directory`, of which `keep` stay; `say` gets a line for each that is passed over as damaged."""
 
-    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = _to_stderr):
+    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = say):
         self.directory, self.keep, self.say = directory, keep, say
         self._unfinished = directory / "checkpoint.tmp"
 

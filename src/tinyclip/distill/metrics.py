@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from tinyclip.formats.files import write_text, writing
 from tinyclip.progress import Display
+from tinyclip.redact import redacted
 
 Tracker = Literal["tensorboard", "wandb"]
 SHOWN = ("affinity_kl", "contrastive", "feature", "sparsity", "target_sparsity")  # beside the progress
@@ -27,7 +30,7 @@ class JsonLines:
 
     def write(self, values: Mapping[str, Any]) -> None:
         with writing(self._path):
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(redacted(values)) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
@@ -106,6 +109,16 @@ class Metrics(Muted):
         self._display.close()
 
 
+@contextmanager
+def _without_secrets_in_argv() -> Iterator[None]:
+    typed = sys.argv
+    sys.argv = redacted(typed)
+    try:
+        yield
+    finally:
+        sys.argv = typed
+
+
 def _open_tracker(tracker: Tracker, directory: Path, start_step: int) -> Any:
     """A function (step, values) of an optional library. Raises ValueError where the library is missing."""
     try:
@@ -116,7 +129,8 @@ def _open_tracker(tracker: Tracker, directory: Path, start_step: int) -> Any:
             return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()]
         import wandb  # type: ignore[import-not-found]
 
-        run = wandb.init(project="tinyclip", dir=str(directory), name=directory.name)
+        with _without_secrets_in_argv():  # it sends the command along
+            run = wandb.init(project="tinyclip", dir=str(directory), name=directory.name)
         return lambda step, values: run.log(values, step=step)
     except ImportError as error:
         raise ValueError(f"trackers: {tracker} needs `pip install tinyclip[{tracker}]` ({error})") from error

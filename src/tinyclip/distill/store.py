@@ -52,6 +52,7 @@ from tinyclip.formats import weights
 from tinyclip.formats.files import sync, write_text, writing
 from tinyclip.model import unit
 from tinyclip.progress import Display
+from tinyclip.redact import redacted
 from tinyclip.stopping import Interrupted, stop_requests
 from tinyclip.tokenizer import Tokenizer
 
@@ -316,7 +317,7 @@ class _Asked:
         ids = tokenizer(texts)
         return {
             "format": 1,
-            "teacher": self.teacher.name,
+            "teacher": redacted(self.teacher.name),
             "weights": self.teacher.weights_sha256,
             "preprocess": repr(self.teacher.preprocess),
             "tokenizer": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tinyclip.data.loader import Reader
 from tinyclip.distributed import World, shard, whole
-from tinyclip.formats import checkpoint
+from tinyclip.formats import checkpoint, huggingface, zoo
 from tinyclip.formats.files import read_json
 from tinyclip.formats.open_clip import (
     CONFIG_FILE,
@@ -27,6 +27,7 @@ from tinyclip.formats.open_clip import (
     config_from_open_clip,
     from_open_clip,
     load_pretrained,
+    refuse_addresses,
 )
 from tinyclip.formats.provenance import read_provenance
 from tinyclip.model import CLIP, Block, lengths, unit
@@ -35,6 +36,7 @@ from tinyclip.tokenizer import Tokenizer
 
 LOCAL_DIR = "local-dir:"
 IMAGES_ALIKE, TEXTS_ALIKE, LENGTHS_ALIKE = 8, 4, 8  # rows of a block, and the steps of a text's length: LOG.md
+PUBLISHED = tuple(prefix for prefix in PREFIXES if prefix != LOCAL_DIR)
 OPEN_CLIP = PREFIXES  # names that open_clip resolves
 
 
@@ -152,15 +154,23 @@ def _in_blocks(encode: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> T
     return torch.cat(parts)
 
 
-def load_teacher(spec: str) -> Teacher:
+def is_local(spec: str) -> bool:
+    """Whether the model that a spec names is a path: loading it opens no address."""
+    return not spec.startswith((*PUBLISHED, huggingface.HUB, zoo.PREFIX))
+
+
+def load_teacher(spec: str, *, allow_remote: bool = False) -> Teacher:
     """A teacher in evaluation mode on the CPU, from what `checkpoint.load` reads without a config, or from open_clip:
 
     open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:ViT-B-32-quickgelu/path/to/file.pt, hf-hub:ORGANISATION/MODEL or
     local-dir:DIRECTORY. A ViT- or ResNet-CLIP becomes our CLIP, so that its weights can be inherited; any other only
     teaches.
-    Raises ValueError or FileNotFoundError, one line.
+    Raises ValueError or FileNotFoundError, one line; without `allow_remote` also for a DIRECTORY that names parts of
+    itself on the hub.
     """
     if spec.startswith(OPEN_CLIP):
+        if spec.startswith(LOCAL_DIR) and not allow_remote:
+            refuse_addresses(Path(spec.removeprefix(LOCAL_DIR)))
         return _from_open_clip(spec)
     clip = checkpoint.load(spec)
     if clip.preprocess is None or clip.tokenizer is None:

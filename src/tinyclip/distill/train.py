@@ -42,6 +42,7 @@ from tinyclip.distill.teacher import Teacher
 from tinyclip.distributed import ALONE, World, data_parallel, unsynchronised
 from tinyclip.model import CLIP, Gates, ImageConfig, lengths
 from tinyclip.model_resnet import frozen_statistics
+from tinyclip.redact import redacted
 from tinyclip.shrink.masks import HardConcreteGates, LearnMasks, SizeConstraint
 from tinyclip.stopping import Interrupted, stop_requests
 
@@ -173,7 +174,7 @@ def train(
     stores = [teacher for teacher in teachers if isinstance(teacher, Stored)]
     state = _State(student, config, masking, teachers, world)
     settings = config.model_dump(mode="json") | {"seed": seed}  # those that decide what a step does
-    settings["data"] = data.model_dump(mode="json", exclude={"workers", "max_bad_share"})
+    settings["data"] = redacted(data.model_dump(mode="json", exclude={"workers", "max_bad_share"}))
     settings["masks"] = masking and masking.rule.model_dump(mode="json")
     checkpoints = Checkpoints(directory, keep=config.keep_checkpoints)
     state.resume(checkpoints, settings)
@@ -357,7 +358,7 @@ class _State:
         if path is None:
             return
         content = read(path, self.student.device)
-        if changed := changes(json.loads(content["settings"]), json.loads(json.dumps(settings))):
+        if changed := changes(redacted(json.loads(content["settings"])), json.loads(json.dumps(settings))):
             raise ValueError(f"{path}: written with other training settings: {changed}; use another --run or delete it")
         for name, part in self._parts().items():
             part.load_state_dict(content[name])

@@ -42,6 +42,7 @@ from tinyclip.evaluate.peak_memory import Embed, Sizes
 from tinyclip.evaluate.timings import Round, ratios, summary
 from tinyclip.formats import checkpoint, onnx
 from tinyclip.model import CLIP
+from tinyclip.redact import redacted
 
 TORCH_BACKENDS, GRAPH_BACKENDS = ("eager", "bf16", "compiled"), ("onnx", "int8")
 BACKENDS = TORCH_BACKENDS + GRAPH_BACKENDS
@@ -392,4 +393,4 @@ def _row(
 
 
 def to_json(report: Report) -> str:
-    return json.dumps(asdict(report), indent=2)
+    return json.dumps(redacted(asdict(report)), indent=2)

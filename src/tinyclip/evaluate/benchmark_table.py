@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.table import Table
+from rich.text import Text
 
 from tinyclip.evaluate.benchmark import Report, Row
 from tinyclip.evaluate.timings import TOWERS
+from tinyclip.terminal import Table
 
 BUSY = 0.5  # processes that compute beside these threads before a measurement is not quiet
 MIN_WIDTH = 100  # columns
@@ -26,7 +27,8 @@ def tables(report: Report) -> Iterator[Table | str]:
             table.add_column(f"peak MB\nB 1, {largest}", justify="right", no_wrap=True)
         for row in report.rows:
             if row.backend == backend:
-                table.add_row(row.model, *list(_cells(row, row.model == report.reference))[: len(table.columns) - 1])
+                cells = map(Text, _cells(row, row.model == report.reference))  # ours, of several lines
+                table.add_row(row.model, *list(cells)[: len(table.columns) - 1])
         yield table
     yield from _notes(report)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.distill.teacher import Teacher, load_teacher
+from tinyclip.terminal import say
 
 MODEL_TYPE = "tinyclip"
 MISSING = "this needs CLIP_benchmark: pip install 'tinyclip[suites]'"
@@ -83,5 +84,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"tinyclip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"tinyclip: error: {' '.join(str(error).split())}")
         sys.exit(2)

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
-from rich.table import Table
-
 from tinyclip.evaluate.compare import ClassLoss, Comparison, DataSetLoss, RetrievalLoss
+from tinyclip.redact import redacted
+from tinyclip.terminal import Table
 
 NUM_CLASSES = 10  # of the table
 MEASURE_COLUMNS = ("measure", "teacher", "student", "difference, both")
@@ -20,7 +20,8 @@ UNITS = {"mb": ("MB of fp32 weights", "per MB"), "gmac": ("GMAC", "per GMAC"), "
 
 
 def to_json(comparison: Comparison) -> str:
-    return json.dumps({"words": list(words(comparison)), **asdict(comparison)}, indent=2, allow_nan=False)
+    found = {"words": list(words(comparison)), **asdict(comparison)}
+    return json.dumps(redacted(found), indent=2, allow_nan=False)
 
 
 # Sentences.

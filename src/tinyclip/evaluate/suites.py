@@ -31,7 +31,7 @@ from tinyclip.config import Config
 from tinyclip.data.files import class_folders
 from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import open_source
-from tinyclip.data.spec import DataSpec, is_remote, joined_paths
+from tinyclip.data.spec import DataSpec, FromFile, is_remote, joined_paths
 from tinyclip.evaluate.datasets import (
     TEMPLATES_FILE,
     Absent,
@@ -231,12 +231,15 @@ class SuiteFile(Config):
 Opener = Callable[[Split], LabelledSet | Absent]
 
 
-def open_suite(suite: str, data_root: Path | None, *, split: Split = "test") -> tuple[list[LabelledSet], list[Absent]]:
+def open_suite(
+    suite: str, data_root: Path | None, *, split: Split = "test", allow_remote: bool = False
+) -> tuple[list[LabelledSet], list[Absent]]:
     """The data sets of a suite that are there, opened, and those that are not. `suite` is a name or a YAML file.
 
-    Raises ValueError for an unknown suite or data set, and for one that is there and damaged.
+    Raises ValueError for an unknown suite or data set, for one that is there and damaged, and, unless `allow_remote`,
+    for a command (pipe:) in the file.
     """
-    opened = [opener(split) for opener in _openers(suite, data_root).values()]
+    opened = [opener(split) for opener in _openers(suite, data_root, allow_remote).values()]
     return (
         [found for found in opened if isinstance(found, LabelledSet)],
         [found for found in opened if isinstance(found, Absent)],
@@ -245,7 +248,7 @@ def open_suite(suite: str, data_root: Path | None, *, split: Split = "test") -> 
 
 def check_suite(suite: str, data_root: Path | None) -> None:
     """Raises ValueError for an unknown suite or data set, and where the data root is needed and not there."""
-    _openers(suite, data_root)
+    _openers(suite, data_root, allow_remote=False)
 
 
 def run_suite(
@@ -258,6 +261,7 @@ def run_suite(
     workers: int = 0,
     say: Callable[[str], None] = print,
     left_out: LeftOut | None = None,
+    allow_remote: bool = False,
 ) -> dict[str, Any]:
     """Zero-shot scores of every data set that is there, with `probe` those of a linear probe too.
 
@@ -267,7 +271,7 @@ def run_suite(
     out, too. All sets are opened before the first is scored. Raises ValueError as `open_suite` does, where no data set
     is there, and for a model without a text tower.
     """
-    openers = _openers(suite, data_root)
+    openers = _openers(suite, data_root, allow_remote)
     test = {name: opener("test") for name, opener in openers.items()}
     present = {name: found for name, found in test.items() if isinstance(found, LabelledSet)}
     train = {name: _train(labelled, openers[name]) for name, labelled in present.items() if probe}
@@ -330,7 +334,7 @@ def _scores(
     return scores
 
 
-def _openers(suite: str, data_root: Path | None) -> dict[str, Opener]:
+def _openers(suite: str, data_root: Path | None, allow_remote: bool) -> dict[str, Opener]:
     """Of each data set by name, what opens a split of it."""
     if suite in SUITES:
         return {name: partial(_open_known, name, _root(data_root, name)) for name in SUITES[suite]}
@@ -344,7 +348,7 @@ def _openers(suite: str, data_root: Path | None) -> dict[str, Opener]:
         if entry.data is None:
             openers[entry.name] = partial(_open_known, _known(entry.name, str(path)), _root(data_root, entry.name))
         else:
-            openers[entry.name] = partial(_open_own, entry, entry.data, data_root or path.parent)
+            openers[entry.name] = partial(_open_own, entry, entry.data, data_root or path.parent, allow_remote)
     return openers
 
 
@@ -523,7 +527,7 @@ def _from_objectnet(name: str, folder: Path) -> LabelledSet | None:
 # Own data sets.
 
 
-def _open_own(own: Entry, data: str, root: Path, split: Split) -> LabelledSet | Absent:
+def _open_own(own: Entry, data: str, root: Path, allow_remote: bool, split: Split) -> LabelledSet | Absent:
     """Where `train` is not given, the other split of what has splits."""
     data, part = (data, own.split) if split == "test" else (own.train or data, own.train_split)
     templates = DEFAULT_TEMPLATES if own.templates is None else _templates(own.templates, own.name, root)
@@ -541,7 +545,7 @@ def _open_own(own: Entry, data: str, root: Path, split: Split) -> LabelledSet | 
         return open_webdataset(folder, own.name, texts, split=part, metric=own.metric)
     if is_saved(folder):
         return open_huggingface(folder, own.name, texts, split=part, metric=own.metric)
-    spec = DataSpec.parse(data)
+    spec = DataSpec.parse(FromFile(data), allow_remote=allow_remote)
     if spec.kind not in ("scenes", "mixture") and not is_remote(spec.path):
         spec = spec.model_copy(update={"path": "::".join(str(root / part) for part in joined_paths(spec.path))})
         if spec.kind not in ("shards", "parquet") and not Path(spec.path).exists():

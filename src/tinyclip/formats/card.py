@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from tinyclip.formats.files import read_json
 from tinyclip.formats.provenance import UNKNOWN, Origin, Provenance, hub_name, public
 from tinyclip.formats.uniform import is_uniform
 from tinyclip.model import CLIP
+from tinyclip.redact import redacted, visible
 
 HUB_LICENSES = {  # identifiers that the hub knows; it takes any other as "other" with a name
     *("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense"),
@@ -24,6 +26,7 @@ HUB_LICENSES = {  # identifiers that the hub knows; it takes any other as "other
     *("cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
     *("openrail", "odc-by", "unknown"),
 }
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 LIBRARIES = {"huggingface": "transformers", "open_clip": "open_clip", "tinyclip": "tinyclip"}
 LOADING = {
     "huggingface": """from transformers import AutoModel, AutoProcessor
@@ -63,9 +66,7 @@ def record_of(model: str | Path) -> Record:
     teacher_scores = read_json(file)["scores"] if (file := run_dir / "teacher.json").is_file() else {}
     evaluation = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["evaluation"]
     data = {
-        kind: public(str(DataSpec.parse(evaluation[kind]).without_secrets()))
-        for kind in ("retrieval", "zeroshot")
-        if evaluation[kind]
+        kind: public(DataSpec.parse(evaluation[kind]).public) for kind in ("retrieval", "zeroshot") if evaluation[kind]
     }
     return Record(results[name]["scores"], teacher_scores, data)
 
@@ -75,7 +76,7 @@ def card(model: CLIP, name: str, *, to: str, record: Record) -> str:
     remote = to == "huggingface" and not is_uniform(model.config)
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(model, to, remote), sort_keys=False)}---",
-        f"# {name.rpartition('/')[2]}",
+        f"# {plain(name.rpartition('/')[2])}",
         "A CLIP model: it embeds images and texts in one space, where similar ones are close.",
         "## Model",
         "\n".join(_architecture(model)),
@@ -91,7 +92,8 @@ def card(model: CLIP, name: str, *, to: str, record: Record) -> str:
 
 def _front_matter(model: CLIP, to: str, remote: bool) -> dict[str, Any]:
     models = [origin for part, origin in _ingredients(model.provenance) if part != "data"]
-    base_model = list(dict.fromkeys(base for origin in models if (base := hub_name(origin.name)) is not None))
+    found = (base for origin in models if (base := hub_name(origin.name)) is not None and HUB_NAME.fullmatch(base))
+    base_model = list(dict.fromkeys(found))
     return {
         **_license(model.provenance),
         "library_name": LIBRARIES[to],
@@ -113,7 +115,9 @@ def _license(provenance: Provenance | None) -> dict[str, str]:
     if UNKNOWN in licenses:
         return {"license": UNKNOWN}
     name = ", ".join(sorted(licenses))
-    return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
+    if name in HUB_LICENSES:
+        return {"license": name}
+    return {"license": "other", "license_name": visible(redacted(name))}
 
 
 def _architecture(model: CLIP) -> Iterator[str]:
@@ -132,7 +136,7 @@ def _scores(record: Record) -> Iterator[str]:
         yield "Unknown: nothing that was measured came with the model."
         return
     for kind, data in record.data.items():
-        yield f"{kind} on `{data}`  "
+        yield f"{plain(kind)} on {code(data)}  "
     yield ""
     compared = bool(record.teacher_scores)
     yield from _table("score", "model", *(["teacher", "share kept"] if compared else []))
@@ -154,11 +158,11 @@ def _origins(provenance: Provenance | None) -> Iterator[str]:
     for number, one in enumerate(provenance.line, 1):
         if number > 1:
             yield "\nand then\n"
-        yield f"Recipe: {f'`{one.recipe}`' if one.recipe else UNKNOWN}\n"
+        yield f"Recipe: {code(one.recipe) if one.recipe else UNKNOWN}\n"
         yield from _table("", "what", "licence")
         for part, origin in one.parts.items():
             remark = f" ({origin.restriction})" if origin.restriction else ""
-            yield _row(part, f"`{origin.name}`", origin.license + remark)
+            yield f"| {part} | {code(origin.name, in_table=True)} | {plain(origin.license + remark)} |"
 
 
 def _table(*names: str) -> Iterator[str]:
@@ -167,4 +171,18 @@ def _table(*names: str) -> Iterator[str]:
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(map(plain, cells))} |"
+
+
+def plain(text: str) -> str:
+    """Text of others as it is, in Markdown that GitHub and the hub show: no markup, no HTML, one line, no secrets."""
+    text = visible(redacted(text))
+    return re.sub(r"[\\`*\[\]<>|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+
+
+def code(text: str, *, in_table: bool = False) -> str:
+    """Text of others as code. A table's cell ends at a bar even there, unless it is escaped."""
+    text = visible(redacted(text))
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " * (text.startswith("`") or text.endswith("`"))
+    return f"{fence}{space}{text.replace('|', chr(92) + '|') if in_table else text}{space}{fence}"

@@ -78,11 +78,14 @@ def _errno(error: Exception) -> int:
     return int(said[1] or said[2]) if said else 0
 
 
-def write_text(path: Path, text: str) -> None:
-    """Atomic: written beside its place, synced, then renamed."""
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Atomic: written beside its place, synced, then renamed. A private file only its owner may read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
+        if private:
+            unfinished.unlink(missing_ok=True)  # a killed process may have left it, with other permissions
+            unfinished.touch(mode=0o600, exist_ok=False)
         with writing(path), unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

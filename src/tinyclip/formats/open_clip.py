@@ -368,6 +368,18 @@ def load_pretrained(name: str) -> Pretrained:
     return Pretrained(model, model_cfg, _preprocess(model.visual.preprocess_cfg, name), reader)
 
 
+def refuse_addresses(directory: Path) -> None:
+    """Raises ValueError for a local-dir whose towers open_clip would look for on the Hugging Face hub."""
+    file = directory / CONFIG_FILE
+    model_cfg = read_json(file).get("model_cfg") if file.is_file() else None
+    sections = [model_cfg.get(name) for name in ("text_cfg", "vision_cfg")] if isinstance(model_cfg, dict) else []
+    for section in (section for section in sections if isinstance(section, dict)):
+        for field in ("hf_model_name", "timm_model_name"):
+            name = section.get(field)
+            if name and (field == "hf_model_name" or ":" in str(name)):  # timm has models of its own
+                raise ValueError(f"{file}: {field}: {name} would be fetched from the hub; --allow-remote does so")
+
+
 def on_the_hub(name: str) -> str | None:
     """The hub's name of `ARCHITECTURE/TAG`, where open_clip downloads it from there."""
     import open_clip

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tinyclip.formats.files import validated
+from tinyclip.redact import redacted
 
 UNKNOWN = "unknown"
 CARDS = {  # the licence on the hub's cards, by the model's name there; only what was read there
@@ -107,8 +108,8 @@ def hub_name(spec: str) -> str | None:
 
 
 def public(spec: str) -> str:
-    """A spec for other eyes: where on a disk something lies is left out but for the last two parts."""
-    return re.sub(r"(^|[:=])(?:~|[A-Za-z]:)?/(?!/)(?:[^/?&]*/)*(?=[^/?&]+/[^/?&]+)", r"\1", spec)
+    """A spec for other eyes: without secrets, and of where it lies on a disk the last two parts are left."""
+    return re.sub(r"(^|[:=])(?:~|[A-Za-z]:)?/(?!/)(?:[^/?&]*/)*(?=[^/?&]+/[^/?&]+)", r"\1", redacted(spec))
 
 
 def read_provenance(settings: Mapping[str, Any], where: str) -> Provenance | None:
@@ -118,7 +119,7 @@ def read_provenance(settings: Mapping[str, Any], where: str) -> Provenance | Non
 
 def entry(provenance: Provenance | None) -> dict[str, Any]:
     """What a config.json says of it."""
-    return {} if provenance is None else {"provenance": provenance.model_dump(mode="json", exclude_none=True)}
+    return {} if provenance is None else {"provenance": redacted(provenance.model_dump(mode="json", exclude_none=True))}
 
 
 def license_line(provenance: Provenance | None) -> str:
@@ -131,7 +132,7 @@ def license_line(provenance: Provenance | None) -> str:
         for what, origin in origins.items()
     ]
     restricted = any(origin.restriction for origin in origins.values())
-    return f"{'warning: ' if restricted else ''}licences: {'; '.join(said)}"
+    return f"{'warning: ' if restricted else ''}licences: {redacted('; '.join(said))}"
 
 
 def _on_its_card(spec: str) -> str:

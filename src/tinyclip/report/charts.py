@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from tinyclip.redact import redacted, visible
+
 WIDTH = 340
 LEFT, RIGHT = 46, 10  # of the plot
 CHAR_PX = 6.1  # mean width of a character at 11 px
@@ -286,6 +288,11 @@ def _symbol(x: float, y: float, role: str) -> Markup:
     return Markup('<circle class="point {}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(role, x, y, 5)
 
 
+def shown(text: str, keep: str = "") -> str:
+    """As the page may show it: without secrets, and with what would act escaped."""
+    return visible(redacted(text), keep)
+
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -406,7 +413,7 @@ def _fit(text: str, width: float) -> str:
 def _svg(title: str, description: str, height: float, parts: Iterable[Markup]) -> Markup:
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {:.0f}" role="img" aria-label="{}"><title>{}</title><desc>{}</desc>{}</svg>'
-    ).format(WIDTH, height, f"{title}. {description}.", title, description, Markup("").join(parts))
+    ).format(WIDTH, height, shown(f"{title}. {description}."), shown(title), shown(description), Markup("").join(parts))
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
@@ -414,4 +421,4 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def _text(x: float, y: float, text: str, kind: str) -> Markup:
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, shown(text))

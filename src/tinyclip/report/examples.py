@@ -72,7 +72,7 @@ class Embedded(NamedTuple):
     text_TE: Tensor
 
 
-def examples(run: Run, source: Source, *, say: Callable[[str], None]) -> Examples:
+def examples(run: Run, source: Source, *, say: Callable[[str], None], allow_remote: bool = False) -> Examples:
     """Six queries, chosen by the difference of ranks. Raises ValueError without a teacher or a student."""
     if run.student is None:
         raise ValueError(f"{run.path}: examples need a student, no stage is complete")
@@ -84,7 +84,7 @@ def examples(run: Run, source: Source, *, say: Callable[[str], None]) -> Example
     device = pick_device()
     student = checkpoint.load(run.path / run.complete[-1].name, device=device)
     pairs, mine = embed(student, source, captions, left_out)
-    _, theirs = embed(load_teacher(run.recipe["teacher"]).to(device), source, captions)
+    _, theirs = embed(load_teacher(run.recipe["teacher"], allow_remote=allow_remote).to(device), source, captions)
     return of_embeddings(pairs, theirs, mine)
 
 

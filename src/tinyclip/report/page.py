@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from tinyclip import __version__
+from tinyclip.data.sources import is_local, open_source
+from tinyclip.data.spec import DataSpec, from_file
+from tinyclip.distill.teacher import is_local as is_local_model
 from tinyclip.formats.provenance import public
 from tinyclip.model import TowerConfig
 from tinyclip.model_resnet import ResNetConfig
+from tinyclip.redact import redacted
 from tinyclip.report import charts
 from tinyclip.report.charts import Figure, Point, Series, Table, percent, si
 from tinyclip.report.examples import Examples, examples
@@ -85,11 +92,14 @@ def report(
     out: Path | None = None,
     data: str | None = None,
     with_examples: bool = True,
+    allow_remote: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the page of `runs`, the first one's story first, and return its path: `out`, or RUN/report.html.
 
     `data` is a spec of the pairs that the retrieval examples come from, by default the recipe's evaluation.retrieval.
+    What the recipe names, data or teacher, may have been written by others: commands and addresses are followed only
+    with `allow_remote`, else a note says so. `data` is trusted.
     Raises ValueError for a directory that is no run, and where `data` is given and no examples can be made of it.
     """
     if not runs:
@@ -97,7 +107,7 @@ def report(
     read = [read_run(path) for path in runs]
     shown, why_not = (None, "left out (--no-examples)")
     if with_examples:
-        shown, why_not = _examples(read[0], data, say)
+        shown, why_not = _examples(read[0], data, allow_remote, say)
     page = render(read, shown, why_not)
     target = out or runs[0] / "report.html"
     if target.is_dir():
@@ -106,16 +116,19 @@ def report(
     return target
 
 
-def _examples(run: Run, data: str | None, say: Callable[[str], None]) -> tuple[Examples | None, str]:
+def _examples(
+    run: Run, data: str | None, allow_remote: bool, say: Callable[[str], None]
+) -> tuple[Examples | None, str]:
     """The examples, or why there are none; an error where the user asked for this data."""
-    from tinyclip.data.sources import open_source
-
     evaluation = run.recipe.get("evaluation")
-    spec = data or (evaluation.get("retrieval") if isinstance(evaluation, dict) else None)
-    if spec is None:
+    named = evaluation.get("retrieval") if isinstance(evaluation, dict) else None
+    if data is None and named is None:
         return None, "the recipe has no evaluation.retrieval; name pairs with --data"
     try:
-        return examples(run, open_source(spec), say=say), ""
+        if not allow_remote:
+            refuse_to_follow(run, None if data is not None else named)
+        source = open_source(data if data is not None else from_file(named), allow_remote=allow_remote)
+        return examples(run, source, say=say, allow_remote=allow_remote), ""
     except (ValueError, OSError) as error:
         if data is not None:
             raise
@@ -124,13 +137,26 @@ def _examples(run: Run, data: str | None, say: Callable[[str], None]) -> tuple[E
         return None, public(reason)
 
 
+def refuse_to_follow(run: Run, spec: Any) -> None:
+    """Raises ValueError where the recipe's teacher, or this data of it, starts a process or opens an address."""
+    teacher = run.recipe.get("teacher")
+    if isinstance(teacher, str) and not is_local_model(teacher):
+        raise ValueError(f"the recipe's teacher, {redacted(teacher)}, would be fetched; --allow-remote does so")
+    if spec is not None and not is_local(DataSpec.parse(spec)):  # not FromFile: that would say less
+        raise ValueError("the recipe's evaluation.retrieval runs a command or opens an address; --allow-remote does so")
+
+
 def render(runs: Sequence[Run], shown: Examples | None, why_not: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     chapters = [chapter(run) for run in runs]  # before the notes: a map that cannot be drawn adds one
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=_readable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "interval": interval}
     return environment.get_template("page.html.jinja").render(
@@ -149,6 +175,11 @@ def render(runs: Sequence[Run], shown: Examples | None, why_not: str) -> str:
         examples=shown,
         why_not=why_not,
     )
+
+
+def _readable(value: Any) -> Any:
+    """Every value of the page: text without secrets, and nothing in it acts. SVG went through charts.shown."""
+    return charts.shown(value, keep="\n") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # The first screen.
@@ -565,7 +596,8 @@ def extra(run: Run, name: str) -> Extra:
         return Extra(title, [], [], "", found)
     tables = [] if content is None else KNOWN.get(name, lambda _: None)(content) or list(tables_of(content, title))
     pictures = list(pictures_of(content)) if content is not None else []
-    return Extra(title, tables, pictures, command.format(run=run.path, teacher=teacher))
+    named = {"run": shlex.quote(str(run.path)), "teacher": shlex.quote(teacher)}  # it is there to be copied
+    return Extra(title, tables, pictures, command.format(**named))
 
 
 def tables_of(content: Any, title: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, Table]]:

@@ -17,6 +17,7 @@ import yaml
 
 from tinyclip.formats.files import read_json, validated
 from tinyclip.model import CLIPConfig
+from tinyclip.redact import redacted
 from tinyclip.shrink.keep import Keep
 
 EXTRAS = ("evaluation", "compare", "benchmark")
@@ -117,7 +118,8 @@ def read_run(path: Path) -> Run:
     named = isinstance(stages, list) and all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in stages)
     if not isinstance(recipe, dict) or not named:
         raise ValueError(f"{file}: damaged, expected the recipe of a run with its stages")
-    return _Reader(Run(path=path, recipe=recipe, recipe_text=text)).read()
+    shown = yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True)  # folded text could hide a secret
+    return _Reader(Run(path=path, recipe=recipe, recipe_text=shown)).read()
 
 
 class _Reader:
