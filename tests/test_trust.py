@@ -173,6 +173,7 @@ def test_a_command_in_a_recipe_is_refused_where_it_was_not_typed(run, tiny, tmp_
         return ("compress", tmp_path / "recipe.yaml", *teacher, "--run", tmp_path / "run")
 
     forms = [f"pipe:touch {mark}", {"path": f"pipe:touch {mark}"}, f"mixture?1=scenes&2=pipe:touch {mark}"]
+    forms.append(f"{tmp_path}/0.tar::pipe:touch {mark}")
     for form in [*forms, {"mixture": [{"data": form} for form in forms[:2]]}]:
         assert_one_line(tiny(*written(data={"train": form})), "recipe.yaml: data.train", REFUSED)
         assert_one_line(tiny(*written(evaluation={"retrieval": form})), "recipe.yaml: evaluation.retrieval", REFUSED)

@@ -130,6 +130,7 @@ def test_a_wrong_spec_is_one_line_that_says_what_is_known(spec, expected):
         ("pipe:curl -H 'Authorization: Bearer KEY' https://host/1.tar?limit=3", "pipe:...?limit=3"),
         ("https://me:KEY@host/{0..3}.tar%3Fsignature=KEY", "https://host/{0..3}.tar"),
         ("mixture?2=s3://bucket/1.tar&1=pipe:cat KEY.tar", "mixture?2.0=s3://bucket/1.tar&1.0=pipe:..."),
+        ("https://me:KEY@host/0.tar%3Fsig=KEY::pipe:cat KEY.tar?limit=3", "https://host/0.tar::pipe:...?limit=3"),
         ("a/pairs.tsv?limit=3", "a/pairs.tsv?limit=3"),
     ],
 )
