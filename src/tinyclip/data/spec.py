@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 from urllib.parse import unquote
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinyclip.config import Config
 from tinyclip.data.scenes import Split
+from tinyclip.formats.files import read_yaml
 
 Kind = Literal["table", "parquet", "shards", "folders", "huggingface", "scenes", "mixture"]
 
@@ -259,10 +259,7 @@ def _split(text: str) -> dict[str, Any]:
 
 def _read_mixture(path: str) -> dict[str, Any]:
     """A .yaml file's fields, resolved when it is named, so that a recipe records what was mixed."""
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    found = read_yaml(Path(path))
     if not isinstance(found, dict) or list(found) != ["mixture"]:
         raise ValueError(f"{path}: expected mixture: and a list of data and weight")
     return found
