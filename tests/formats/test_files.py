@@ -1,4 +1,7 @@
-"""Settings of strangers are read within limits: no bomb is inflated; a refusal is quick, one line, and names the file."""
+"""Settings of strangers are read within limits; a refusal is quick, in one line, and names the file and the line.
+
+CPU only.
+"""
 
 import io
 import json

@@ -163,7 +163,7 @@ def _load_ours_for_transformers(directory: Path, device: str | torch.device) -> 
 
 
 def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.device) -> CLIP:
-    state = weights.read(path)
+    state = weights.read(path, config)
     if config is None:
         if not is_openai(state):
             raise ValueError(f"{path}: a single file does not describe its model, expected a config with it")
@@ -176,7 +176,7 @@ def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.dev
 
 
 def _fill(state: Mapping[str, torch.Tensor], config: CLIPConfig, where: str, device: str | torch.device) -> CLIP:
-    model = weights.on_meta(config)
+    model = weights.on_meta(config, where)
     weights.check(state, model.state_dict(), where)
     return weights.fill(model, state, device)
 

@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """A value of plain YAML. Raises ValueError, with `where`, for anything else, keys given twice and endless aliases."""
+    """A value of plain YAML. Raises ValueError, with `where`, for anything else, twofold keys and endless aliases."""
     try:
         value = yaml.load(text, _Yaml)  # a SafeLoader
         _check_values(value)

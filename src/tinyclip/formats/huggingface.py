@@ -370,7 +370,7 @@ def from_huggingface(
     state = {name: tensor for name, tensor in state_dict.items() if name not in NOT_WEIGHTS}
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())
-    model = weights.on_meta(config)
+    model = weights.on_meta(config, where)
     weights.check(state, to_huggingface(model), where)
 
     def ours(name: str) -> Tensor:

@@ -273,7 +273,7 @@ def from_open_clip(
 
     A block of the config without heads or neurons has no keys, and adds nothing: its output bias is zero.
     """
-    model = weights.on_meta(config)
+    model = weights.on_meta(config, where)
     state = _plain(state_dict)
     lost = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(LOST_BRANCH)}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in lost}
