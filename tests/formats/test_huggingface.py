@@ -190,7 +190,7 @@ def test_bad_directories_are_refused_in_one_line(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "weights")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"logit_scale": "../elsewhere.safetensors"}}))
-    refused(tmp_path, "expected the names of files beside it, got '../elsewhere.safetensors'")
+    refused(tmp_path, "expected the names of safetensors files beside it, got '../elsewhere.safetensors'")
     index.write_text("{}")
     refused(tmp_path, "weight_map")
     index.unlink()

@@ -262,4 +262,9 @@ def _read_mixture(path: str) -> dict[str, Any]:
     found = read_yaml(Path(path))
     if not isinstance(found, dict) or list(found) != ["mixture"]:
         raise ValueError(f"{path}: expected mixture: and a list of data and weight")
+    members = found["mixture"] if isinstance(found["mixture"], list) else []
+    specs = [member["data"] for member in members if isinstance(member, dict) and "data" in member]
+    specs = [spec.get("path") if isinstance(spec, dict) else spec for spec in specs]
+    if any(isinstance(spec, str) and spec.partition("?")[0].endswith((".yaml", ".yml")) for spec in specs):
+        raise ValueError(f"{path}: a mixture inside a mixture: give its members weights of their own")  # or of itself
     return found

@@ -46,7 +46,8 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 PASSED_OVER = {  # values that may stand beside the weights in the checkpoint of a training
-    *(("collections", "Counter"), ("collections", "defaultdict"), ("__builtin__", "set"), ("torch", "device")),
+    *(("collections", "Counter"), ("collections", "defaultdict"), ("__builtin__", "set"), ("_codecs", "encode")),
+    ("torch", "device"),
     *(("torch", str(dtype).removeprefix("torch.")) for dtype in STORAGES.values()),
 }
 
