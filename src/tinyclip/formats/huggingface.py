@@ -23,7 +23,7 @@ from tinyclip.formats.provenance import entry
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
 from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
-from tinyclip.tokenizer import END, START, WORDS, Tokenizer, TokenizerFile, is_same, ours_of
+from tinyclip.tokenizer import END, START, WORDS, Tokenizer, TokenizerFile, is_same, ours_of, vocab_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -467,20 +467,19 @@ def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
         vocab, merges = validated(_Vocab, read_json(vocab_file), where).root, _read_merges(merges_file)
     else:
         return None
-    try:
-        tokenizer = Tokenizer.from_merges(merges, config.context_length)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
     tokens = sorted(vocab, key=vocab.__getitem__)
     if len(tokens) != config.vocab_size or [vocab[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError(f"{where}: expected ids 0 to {config.vocab_size - 1}, got {len(tokens)} of them, or others")
-    if tokens[:-2] != tokenizer.tokens[:-2]:
+    if tokens[:-2] != list(vocab_of(merges))[:-2]:
         raise ValueError(f"{where}: expected 512 bytes, the merges, start and end, in this order")
     if found is not None:
         _check_special({"added_tokens": [token.content for token in found.added_tokens]}, tokens, file)
         _check_reading(found, where)
     _check_settings(directory, config, tokens)
-    return tokenizer
+    try:
+        return Tokenizer.from_merges(merges, config.context_length)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:
