@@ -173,7 +173,7 @@ def test_set_works_on_presets_and_the_last_change_wins():
         ("teacher.name=x", "--set teacher.name: teacher has no fields, it is 'some/teacher'"),
         ("seed", "--set seed: expected path=value, such as stages.0.distill.lr=3e-4"),
         ("=3", "--set =3: expected path=value"),
-        ("seed=[1", r"--set seed=\[1: not a YAML value: expected ',' or '\]'"),
+        ("seed=[1", r"--set seed=\[1: not YAML: line 1: .* expected ',' or '\]'"),
         ("seed=many", "seed: Input should be a valid integer.*got 'many'"),
         ("stages.0.distill.steps=", "stages.0.distill: expected one of steps and epochs"),
     ],
@@ -203,9 +203,9 @@ def test_an_unknown_name_is_one_line_with_the_presets_and_the_nearest(name, mess
     [
         (b"", "expected a mapping of settings, got NoneType"),
         (b"- 1\n- 2\n", "expected a mapping of settings, got list"),
-        (b"a: [1\nb: 2", "not YAML: while parsing a flow sequence"),
+        (b"a: [1\nb: 2", "not YAML: line 2: while parsing a flow sequence"),
         (b"\xff\xfe\x00", "not YAML: 'utf-8' codec can't decode"),
-        (b"!!python/object/apply:os.getcwd []", "not YAML: could not determine a constructor"),
+        (b"!!python/object/apply:os.getcwd []", "not YAML: line 1: could not determine a constructor"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_line(content, message, tmp_path):

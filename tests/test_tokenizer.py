@@ -8,6 +8,8 @@ import pytest
 import tokenizers
 import torch
 
+from tinyclip.formats.huggingface import read_tokenizer
+from tinyclip.model import BlockConfig, TextConfig
 from tinyclip.tokenizer import Tokenizer
 
 CAPTIONS = ["two red dogs above a big blue heart", "a small green star, two blue hearts", "red dogs & green stars"] * 4
@@ -100,5 +102,84 @@ def test_misuse_is_refused(openai, tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[1", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'])
 def test_a_file_that_is_no_tokenizer_is_refused(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a CLIP tokenizer: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not (JSON|a CLIP tokenizer): [^\n]*$"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def tampered(path, change) -> None:
+    """The file with one part of its settings changed."""
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+
+
+def set_in(*path, to):
+    def change(settings):
+        for key in path[:-1]:
+            settings = settings[key]
+        settings[path[-1]] = to
+
+    return change
+
+
+BOMBS = {  # what a file can ask of `tokenizers`, and where it is refused
+    "padding": set_in("padding", to={"strategy": {"Fixed": 10**9}, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}),
+    "truncation: max_length": set_in("truncation", "max_length", to=10**18),
+    "truncation: stride": set_in("truncation", "stride", to=10**9),
+    "pre_tokenizer": set_in("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", to="(a+)+$"),
+    "normalizer": set_in("normalizer", "normalizers", 1, "content", to=" " * 10**6),
+    "post_processor": set_in("post_processor", "single", 0, "SpecialToken", "id", to="unknown"),  # `tokenizers` panics
+    "expected 514 tokens": lambda settings: settings["added_tokens"].append({"id": 514, "content": "x" * 10**6}),
+    "model.merges": lambda settings: settings["model"]["merges"].append(["", ""]),
+    "model.vocab": lambda settings: settings["model"]["vocab"].update({"x": -1.5}),
+    "model.dropout": set_in("model", "dropout", to=0.5),
+    "got one of 'zz'": lambda settings: add_merge(settings, "zz", "a"),
+}
+
+
+def add_merge(settings, left: str, right: str) -> None:
+    settings["model"]["merges"].append([left, right])
+    for token in settings["added_tokens"]:
+        token["id"] += 1
+        settings["model"]["vocab"][token["content"]] = token["id"]
+        settings["post_processor"]["special_tokens"][token["content"]]["ids"] = [token["id"]]
+    settings["model"]["vocab"][left + right] = 512
+
+
+@pytest.mark.parametrize("where, change", BOMBS.items(), ids=BOMBS)
+def test_a_tokenizer_that_asks_for_more_than_ours_is_refused_before_it_is_built(where, change, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    Tokenizer.train([], vocab_size=514, context_length=10).save(path)
+    Tokenizer.load(path)
+    tampered(path, change)
+    monkeypatch.setattr(Tokenizer, "__init__", lambda *_: pytest.fail("was built"))
+    with pytest.raises(ValueError, match=f"tokenizer.json: not a CLIP tokenizer: {where}|{where}") as error:
+        Tokenizer.load(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("where, change", BOMBS.items(), ids=BOMBS)
+def test_one_of_another_library_is_never_handed_on(where, change, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    original = Tokenizer.train([], vocab_size=514, context_length=10)
+    original.save(path)
+    tampered(path, change)
+    config = TextConfig(width=4, head_dim=4, blocks=(BlockConfig(heads=1, ffn=1),), context_length=10, vocab_size=514)
+    if where.startswith(("padding", "truncation")):  # the length is the config's
+        assert read_tokenizer(tmp_path, config) == original
+        return
+    monkeypatch.setattr(Tokenizer, "__init__", lambda *_: pytest.fail("was built"))
+    with pytest.raises(ValueError, match="tokenizer.json: not CLIP's byte pair encoding: ") as error:
+        read_tokenizer(tmp_path, config)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def test_the_older_way_to_write_merges_is_read(openai, tmp_path):
+    openai.save(tmp_path / "tokenizer.json")
+
+    def older(settings):
+        settings["model"]["merges"] = [" ".join(merge) for merge in settings["model"]["merges"]]
+        del settings["model"]["ignore_merges"], settings["model"]["byte_fallback"]
+
+    tampered(tmp_path / "tokenizer.json", older)
+    assert Tokenizer.load(tmp_path / "tokenizer.json") == openai

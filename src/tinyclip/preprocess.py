@@ -28,8 +28,8 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; open_clip
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT = 100  # resizing the shortest side of a longer picture would fill the memory
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Mean = Annotated[float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)]
+Std = Annotated[float, Field(ge=1e-6, le=1e3, allow_inf_nan=False)]
 
 
 class Preprocess(BaseModel):
@@ -38,8 +38,8 @@ class Preprocess(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(gt=0, le=16384, description="side of the square output, in pixels")
-    mean: tuple[Finite, Finite, Finite] = OPENAI_MEAN
-    std: tuple[Positive, Positive, Positive] = OPENAI_STD
+    mean: tuple[Mean, Mean, Mean] = OPENAI_MEAN
+    std: tuple[Std, Std, Std] = OPENAI_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"  # the shortest side, then the centre; or the whole picture
 

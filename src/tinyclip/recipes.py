@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from tinyclip.data.spec import ALLOW_REMOTE, DataSpec, from_file
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
+from tinyclip.formats.files import parse_yaml, read_yaml
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.redact import redacted
 from tinyclip.shrink.inherit import Inherit, TowerRule
@@ -306,11 +306,7 @@ def load_recipe(
         path, equals, value = change.partition("=")
         if not path or not equals:
             raise ValueError(f"--set {redacted(change)}: expected path=value, such as stages.0.distill.lr=3e-4")
-        try:
-            _set(settings, path, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", error)
-            raise ValueError(f"--set {redacted(change)}: not a YAML value: {problem}") from None
+        _set(settings, path, parse_yaml(value, f"--set {redacted(change)}"))
     return parse(settings, name, allow_remote=allow_remote)
 
 
@@ -334,10 +330,7 @@ def _read_yaml(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"recipe {name}: no such file or preset{hint} (presets: {', '.join(PRESETS)})")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {name}: expected a mapping of settings, got {type(settings).__name__}")
     return from_file(settings)

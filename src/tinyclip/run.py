@@ -42,7 +42,7 @@ from tinyclip.distill.train import Outcome
 from tinyclip.distributed import ALONE, World
 from tinyclip.evaluate import cost
 from tinyclip.formats import checkpoint
-from tinyclip.formats.files import read_json, write_text, writing
+from tinyclip.formats.files import read_json, read_yaml, write_text, writing
 from tinyclip.model import CLIP
 from tinyclip.redact import has_secrets, redacted
 
@@ -54,8 +54,8 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> None:
     path = run_dir / "recipe.yaml"
     if path.exists():
         try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+            before = read_yaml(path)
+        except ValueError:
             before = None
         if not isinstance(before, dict):
             raise ValueError(f"{path}: damaged, expected the recipe of a run to continue")

@@ -4,6 +4,9 @@ A text is cleaned in Python (`clean`), split by CLIP's pattern, and merged by Hu
 it is one tokenizer.json that travels with the model; the file also carries the part of the cleaning that `tokenizers`
 can do (NFC, white space, lower case), so that a browser reading it gets the same ids for ordinary text.
 Ids: 256 bytes, the same 256 at the end of a word, one per merge, start, end. 0 pads; the end is the largest id.
+
+A tokenizer.json can ask `tokenizers` for any amount of padding and for any regular expression, so a file is not handed
+on: its merges are read, and everything else must be what they make of it.
 """
 
 from __future__ import annotations
@@ -14,14 +17,19 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import ftfy
 import tokenizers
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+
+from tinyclip.formats.files import read_json, validated
 
 START, END = "<start_of_text>", "<end_of_text>"
 WORD_END = "</w>"
@@ -32,6 +40,63 @@ NUM_BYTE_TOKENS = 512  # every byte, inside and at the end of a word
 NUM_OPENAI_MERGES = 49152 - 256 - 2
 
 Merges = Sequence[tuple[str, str]]
+
+
+def _pair(merge: Any) -> Any:
+    """The older way to write it: "a b" -> ["a", "b"]."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+Token = Annotated[str, Field(min_length=1)]
+
+
+class Bpe(_File):
+    """The model in a tokenizer.json: a byte pair encoding with nothing that CLIP's has not."""
+
+    type: Literal["BPE"] = "BPE"
+    dropout: None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: Literal["", None] = None
+    end_of_word_suffix: Literal["</w>"]
+    fuse_unk: Literal[False] = False
+    byte_fallback: Literal[False] = False
+    ignore_merges: Literal[False] = False
+    vocab: dict[str, int]
+    merges: list[Annotated[tuple[Token, Token], BeforeValidator(_pair)]]
+
+
+class AddedToken(BaseModel):
+    id: int
+    content: str
+
+
+class TokenizerFile(_File):
+    """A tokenizer.json, whoever wrote it."""
+
+    version: str
+    truncation: Any = None
+    padding: Any = None
+    added_tokens: list[AddedToken]
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+    post_processor: Any = None
+    decoder: Any = None
+    model: Bpe
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self.model.vocab | {token.content: token.id for token in self.added_tokens}
+
+
+class _Truncation(_File):
+    max_length: int = Field(ge=3, le=65536)
+    stride: Literal[0] = 0
+    direction: Literal["Right"] = "Right"
+    strategy: Literal["LongestFirst"] = "LongestFirst"
 
 
 class Tokenizer:
@@ -75,19 +140,27 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json in the format of Hugging Face `tokenizers`."""
-        portable = tokenizers.Tokenizer.from_str(self._bpe.to_str())
-        whitespace = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-        portable.normalizer = normalizers.Sequence([normalizers.NFC(), whitespace, normalizers.Lowercase()])
-        portable.save(str(path))
+        _portable(self._bpe).save(str(path))
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises FileNotFoundError, or ValueError for a file that is not one of ours."""
-        text = Path(path).read_text(encoding="utf-8")
+        """Read a tokenizer.json. Raises FileNotFoundError, or ValueError for a file that `save` does not write."""
+        where = f"{path}: not a CLIP tokenizer"
+        settings = read_json(Path(path))
+        found = validated(TokenizerFile, settings, where)
+        length = validated(_Truncation, found.truncation, f"{where}: truncation").max_length
+        if found.vocab != (vocab := vocab_of(found.model.merges)):
+            raise ValueError(
+                f"{where}: expected {len(vocab)} tokens: 512 bytes, {len(found.model.merges)} merges, start and end; "
+                f"got {len(found.vocab)}, or others"
+            )
+        for part, ours in ours_of(len(vocab), length).items():
+            if not is_same(ours, settings.get(part)):
+                raise ValueError(f"{where}: {part}: expected {ours!r:.200}, got {settings.get(part)!r:.200}")
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise ValueError(f"{path}: not a CLIP tokenizer: {error}") from None
+            return cls.from_merges(found.model.merges, length)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     @property
     def tokens(self) -> list[str]:
@@ -97,7 +170,7 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, merges: Merges, context_length: int) -> Tokenizer:
-        """The ids follow from the merges, in order of rank."""
+        """The ids follow from the merges, in order of rank. Raises ValueError for a merge of what is no token."""
         return cls(_bpe(merges, context_length))
 
     @classmethod
@@ -154,13 +227,49 @@ def _byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
+def vocab_of(merges: Merges) -> dict[str, int]:
+    """The ids that follow from a list of merges."""
+    alphabet = _byte_alphabet()
+    tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges), START, END]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+
+
+def _portable(bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """With the part of the cleaning that `tokenizers` can do."""
+    portable = tokenizers.Tokenizer.from_str(bpe.to_str())
+    whitespace = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    portable.normalizer = normalizers.Sequence([normalizers.NFC(), whitespace, normalizers.Lowercase()])
+    return portable
+
+
+@cache
+def ours_of(vocab_size: int, context_length: int) -> dict[str, Any]:
+    """What a tokenizer.json of ours says beside its model."""
+    parts = json.loads(_portable(_bpe([], context_length)).to_str())
+    for token in parts["added_tokens"]:
+        token["id"] += vocab_size - NUM_BYTE_TOKENS - 2
+    for token in parts["post_processor"]["special_tokens"].values():
+        token["ids"] = [id + vocab_size - NUM_BYTE_TOKENS - 2 for id in token["ids"]]
+    del parts["model"], parts["version"]
+    return parts
+
+
+def is_same(ours: Any, theirs: Any) -> bool:
+    """But for fields that one version of `tokenizers` writes and another leaves out."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(is_same(ours.get(name), theirs.get(name)) for name in ours | theirs)
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(is_same, ours, theirs))
+    return ours == theirs or (not ours and not theirs)
+
+
 def _bpe(merges: Merges, context_length: int) -> tokenizers.Tokenizer:
     """The ids and the pipeline that follow from a list of merges."""
     if context_length < 3:
         raise ValueError(f"expected a context_length of at least 3 (start, one token, end), got {context_length}")
-    alphabet = _byte_alphabet()
-    tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges), START, END]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    vocab = vocab_of(merges)
+    if unknown := next((part for pair in merges for part in pair if part not in vocab), None):
+        raise ValueError(f"expected merges of tokens, got one of {unknown!r:.80}")
     bpe = tokenizers.Tokenizer(models.BPE(vocab, list(merges), end_of_word_suffix=WORD_END))
     bpe.add_special_tokens([START, END])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -87,6 +87,8 @@ def test_specs_say_the_same_in_three_forms(tmp_path):
 def test_wrong_mixtures_are_one_line(tmp_path):
     (tmp_path / "list.yaml").write_text("- scenes\n")
     (tmp_path / "broken.yaml").write_text("mixture: [\n")
+    (tmp_path / "own.yaml").write_text(f"mixture: [data: {tmp_path}/own.yaml, data: scenes]\n")
+    (tmp_path / "field.yaml").write_text(f"mixture: [data: {{path: {tmp_path}/field.yaml}}, data: scenes]\n")
     for spec, expected in {
         "mixture": "a mixture has members: mixture?WEIGHT=SPEC",
         "mixture?0=scenes": "weight: Input should be greater than 0",
@@ -95,6 +97,8 @@ def test_wrong_mixtures_are_one_line(tmp_path):
         "mixture?1=scenes&0.001=scenes": "scenes train has 0.100% of the weight, expected at least 0.2%",
         str(tmp_path / "list.yaml"): "expected mixture: and a list of data and weight",
         str(tmp_path / "broken.yaml"): "not YAML",
+        str(tmp_path / "own.yaml"): "own.yaml: a mixture inside a mixture",
+        str(tmp_path / "field.yaml"): "field.yaml: a mixture inside a mixture",
         "scenes?mixture=1": "key 'mixture'|mixture: Input should be",
     }.items():
         message = error_of(spec)

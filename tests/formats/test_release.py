@@ -202,5 +202,7 @@ def test_a_key_with_a_path_or_an_endless_shape_is_refused(golden, tmp_path):
     name = "_image_encoder.module.visual.proj"
     for tensor in (torch.zeros(1).expand(10**6, 10**6), torch.zeros(4, 4).to_sparse()):
         torch.save({**state, name: tensor}, tmp_path / "huge.pt")
-        with pytest.raises(ValueError, match="huge.pt: (.*: expected a tensor that the file holds|not a readable)"):
+        with pytest.raises(
+            ValueError, match="huge.pt: (.*: expected a tensor that the file holds|expected tensors only)"
+        ):
             checkpoint.load(tmp_path / "huge.pt", config=config)

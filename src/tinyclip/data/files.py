@@ -12,6 +12,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from tinyclip.data.decode import BadItem
+from tinyclip.formats.files import read_member
 
 MAX_BYTES = 2**28  # of one file inside an archive
 NOT_SHOWN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # folders of systems, with files named like images
@@ -128,7 +129,10 @@ class Zip:
     def read(self, name: str) -> bytes:
         archive = _open_zip(self.path, os.getpid())
         check_size(archive.getinfo(name).file_size, "bytes unpacked")
-        return archive.read(name)
+        try:
+            return read_member(archive, name, MAX_BYTES)
+        except ValueError as error:
+            raise BadItem(str(error)) from None
 
     def version(self, names: Iterable[str]) -> Iterator[object]:
         """What changes with the content of these files."""

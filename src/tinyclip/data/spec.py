@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 from urllib.parse import unquote
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from tinyclip.config import Config
 from tinyclip.data.scenes import Split
+from tinyclip.formats.files import read_yaml
 from tinyclip.redact import redacted
 
 Kind = Literal["table", "parquet", "shards", "folders", "huggingface", "scenes", "mixture"]
@@ -300,10 +300,12 @@ def _split(text: str) -> dict[str, Any]:
 
 def _read_mixture(path: str) -> dict[str, Any]:
     """A .yaml file's fields, resolved when it is named, so that a recipe records what was mixed."""
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    found = read_yaml(Path(path))
     if not isinstance(found, dict) or list(found) != ["mixture"]:
         raise ValueError(f"{path}: expected mixture: and a list of data and weight")
+    members = found["mixture"] if isinstance(found["mixture"], list) else []
+    specs = [member["data"] for member in members if isinstance(member, dict) and "data" in member]
+    specs = [spec.get("path") if isinstance(spec, dict) else spec for spec in specs]
+    if any(isinstance(spec, str) and spec.partition("?")[0].endswith((".yaml", ".yml")) for spec in specs):
+        raise ValueError(f"{path}: a mixture inside a mixture: give its members weights of their own")  # or of itself
     return from_file(found)

@@ -209,7 +209,7 @@ class NumberedShards(Tars):
         try:
             flags = np.load(io.BytesIO(self.read(index, "npy")), allow_pickle=False)
             return tuple(np.flatnonzero(flags).tolist())
-        except (KeyError, ValueError, OSError, EOFError) as error:
+        except (KeyError, ValueError, OSError, EOFError, MemoryError) as error:  # a header may claim any length
             raise ValueError(f"{self.key(index)}: expected the classes in .npy: {one_line(error)}") from None
 
 

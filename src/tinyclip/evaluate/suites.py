@@ -24,7 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
 from tinyclip.config import Config
@@ -52,7 +51,7 @@ from tinyclip.evaluate.datasets import (
 from tinyclip.evaluate.embed import Model
 from tinyclip.evaluate.linear_probe import probe as linear_probe
 from tinyclip.evaluate.zeroshot import DEFAULT_TEMPLATES, SCORE_OF_METRIC, alike_line, answer_scores, answers
-from tinyclip.formats.files import validated
+from tinyclip.formats.files import parse_json, read_json, read_text, read_yaml, validated
 
 Split = Literal["train", "test"]
 Folders = Literal["names", "wnids", "sorted", "objectnet"]
@@ -367,11 +366,7 @@ def _known(name: str, where: str) -> str:
 
 
 def _read(path: Path) -> SuiteFile:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"suite {path}: not YAML: {' '.join(str(error).split())}") from None
-    return validated(SuiteFile, settings, f"suite {path}")
+    return validated(SuiteFile, read_yaml(path), f"suite {path}")
 
 
 # Known data sets.
@@ -516,12 +511,20 @@ def _from_objectnet(name: str, folder: Path) -> LabelledSet | None:
     root = next((path for path in mappings if (path / "folder_to_objectnet_label.json").is_file()), None)
     if root is None or not images.is_dir():
         return None
-    label_of = json.loads((root / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
-    known = json.loads((root / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
+    label_of = _texts(root / "folder_to_objectnet_label.json")
+    known = read_json(root / "objectnet_to_imagenet_1k.json")
     folders = sorted(own for own, label in label_of.items() if label in known)
     class_names: Names = tuple((label_of[own].lower(),) for own in folders)
     texts = Texts(class_names, texts_of(name).templates)
     return open_folder(images, name, texts, numbers={own: i for i, own in enumerate(folders)})
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """A JSON object of texts."""
+    found = read_json(path)
+    if not all(isinstance(own, str) for own in found.values()):
+        raise ValueError(f"{path}: expected a text for each name")
+    return found
 
 
 # Own data sets.
@@ -572,11 +575,9 @@ def _class_names(path: Path) -> Names | dict[str, tuple[str, ...]]:
 
 def _content(path: Path) -> Any:
     """The lines of a .txt, or a list or an object of JSON."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.rstrip().splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+    text = read_text(path)
+    is_json = path.suffix == ".json"
+    content = parse_json(text, str(path)) if is_json else [line.strip() for line in text.rstrip().splitlines()]
     if not isinstance(content, dict | list) or not content:
         raise ValueError(f"{path}: expected a list or an object that is not empty")
     return content

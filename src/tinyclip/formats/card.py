@@ -14,7 +14,7 @@ from tinyclip import run
 from tinyclip.data.spec import DataSpec
 from tinyclip.evaluate.confidence import is_share, with_interval
 from tinyclip.evaluate.cost import describe, rows
-from tinyclip.formats.files import read_json
+from tinyclip.formats.files import read_json, read_yaml
 from tinyclip.formats.provenance import UNKNOWN, Origin, Provenance, hub_name, public
 from tinyclip.formats.uniform import is_uniform
 from tinyclip.model import CLIP
@@ -64,7 +64,7 @@ def record_of(model: str | Path) -> Record:
     if name not in results or inside[1:] not in ((), ("model",)):
         return Record()
     teacher_scores = read_json(file)["scores"] if (file := run_dir / "teacher.json").is_file() else {}
-    evaluation = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["evaluation"]
+    evaluation = read_yaml(run_dir / "recipe.yaml")["evaluation"]
     data = {
         kind: public(DataSpec.parse(evaluation[kind]).public) for kind in ("retrieval", "zeroshot") if evaluation[kind]
     }

@@ -21,7 +21,7 @@ import torch
 
 from tinyclip.config import changes
 from tinyclip.formats import huggingface, open_clip, weights, zoo
-from tinyclip.formats.files import read_json, validated, whole, write_json
+from tinyclip.formats.files import M, is_there, read_json, validated, whole, write_json
 from tinyclip.formats.open_clip import config_from_open_clip, from_open_clip, has_their_names
 from tinyclip.formats.openai import from_openai, is_openai
 from tinyclip.formats.provenance import entry, read_provenance
@@ -118,8 +118,8 @@ def write(model: CLIP, directory: Path, extra: Mapping[str, Any]) -> None:
 def _load_directory(path: Path, device: str | torch.device) -> CLIP:
     if open_clip.is_theirs(path):
         return open_clip.from_open_clip_dir(path, device)
-    directory = path if (path / "config.json").is_file() else huggingface.clip_module(path) or path / "model"
-    if not (directory / "config.json").is_file():
+    directory = path if is_there(path / "config.json") else huggingface.clip_module(path) or path / "model"
+    if not is_there(directory / "config.json"):
         raise FileNotFoundError(f"{path}: expected a model (config.json) or a run (model/config.json), found neither")
     settings = read_json(directory / "config.json")
     if huggingface.is_theirs(settings):
@@ -135,11 +135,11 @@ def _load_directory(path: Path, device: str | torch.device) -> CLIP:
 def _load_ours(directory: Path, device: str | torch.device) -> CLIP:
     model = _load_weights(directory / "model.safetensors", _as_config(directory / "config.json"), device)
     image, text = model.config.image, model.config.text
-    if (file := directory / "preprocess.json").is_file():
-        model.preprocess = validated(Preprocess, read_json(file), str(file))
+    if is_there(file := directory / "preprocess.json"):
+        model.preprocess = _complete(Preprocess, read_json(file), str(file))
         if model.preprocess.size != image.image_size:
             raise ValueError(f"{file}: expected size {image.image_size}, got {model.preprocess.size}")
-    if (file := directory / "tokenizer.json").is_file():
+    if is_there(file := directory / "tokenizer.json"):
         model.tokenizer = tokenizer = Tokenizer.load(file)
         expected, got = (text.vocab_size, text.context_length), (tokenizer.vocab_size, tokenizer.context_length)
         if expected != got:
@@ -150,11 +150,12 @@ def _load_ours(directory: Path, device: str | torch.device) -> CLIP:
 def _load_ours_for_transformers(directory: Path, device: str | torch.device) -> CLIP:
     """Weights in our names; pictures and captions are read as transformers reads them with this directory."""
     config = _as_config(directory / "config.json")
-    model = _fill(huggingface.read_weights(directory), config, str(directory), device)
+    state, where = huggingface.read_weights(directory, config)
+    model = _fill(state, config, str(where), device)
     model.preprocess = huggingface.read_preprocess(directory, config.image.image_size)
     model.tokenizer = huggingface.read_tokenizer(directory, config.text)
-    if (file := directory / "preprocess.json").is_file():  # former exports have it too
-        ours = validated(Preprocess, read_json(file), str(file))
+    if is_there(file := directory / "preprocess.json"):  # former exports have it too
+        ours = _complete(Preprocess, read_json(file), str(file))
         if model.preprocess not in (None, ours):
             changed = changes(ours.model_dump(mode="json"), model.preprocess.model_dump(mode="json"))
             raise ValueError(f"{file}: what transformers reads in this directory says otherwise: {changed}")
@@ -163,7 +164,7 @@ def _load_ours_for_transformers(directory: Path, device: str | torch.device) -> 
 
 
 def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.device) -> CLIP:
-    state = weights.read(path)
+    state = weights.read(path, config)
     if config is None:
         if not is_openai(state):
             raise ValueError(f"{path}: a single file does not describe its model, expected a config with it")
@@ -176,7 +177,7 @@ def _load_weights(path: Path, config: CLIPConfig | None, device: str | torch.dev
 
 
 def _fill(state: Mapping[str, torch.Tensor], config: CLIPConfig, where: str, device: str | torch.device) -> CLIP:
-    model = weights.on_meta(config)
+    model = weights.on_meta(config, where)
     weights.check(state, model.state_dict(), where)
     return weights.fill(model, state, device)
 
@@ -187,10 +188,18 @@ def _as_config(config: CLIPConfig | Mapping[str, Any] | str | Path) -> CLIPConfi
     where = "config" if isinstance(config, Mapping) else str(config)
     settings = config if isinstance(config, Mapping) else read_json(Path(config))
     if "model_cfg" in settings or "vision_cfg" in settings:
-        return config_from_open_clip(settings.get("model_cfg", settings))
+        return config_from_open_clip(settings.get("model_cfg", settings), where)
     if "format" not in settings:
         return validated(CLIPConfig, settings, where)
     if (settings["format"], settings.get("version")) != (FORMAT, VERSION):
         got = f"{settings['format']!r} version {settings.get('version')!r}"
         raise ValueError(f"{where}: expected format {FORMAT!r} version {VERSION}, got {got}")
-    return validated(CLIPConfig, settings.get("model"), where)
+    return _complete(CLIPConfig, settings.get("model"), where)
+
+
+def _complete(kind: type[M], settings: Any, where: str) -> M:
+    """Of a file that we wrote: every field is there, so that none takes a default that was never meant."""
+    value = validated(kind, settings, where)
+    if lost := changes(settings, value.model_dump(mode="json")):
+        raise ValueError(f"{where}: expected every setting as it was written; {lost}")
+    return value

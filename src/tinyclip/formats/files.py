@@ -1,4 +1,9 @@
-"""What every format does with files: JSON that was expected, and files and directories that are whole or not there.
+"""What every format does with files: JSON and YAML that were expected, and files and directories that are whole or not
+there.
+
+What is read may come from strangers, so nothing of it can ask for more memory than its file is long, times a constant:
+files have a limit, an archive's members are no longer than they say, aliases of YAML are counted as what they stand
+for, and nesting and numbers end where no settings of ours or of another library go.
 
 A process may be killed at any call here: what it wrote under another name is cleared away by the next one that writes
 in the same place.
@@ -11,27 +16,175 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
 
+MAX_BYTES = 2**24  # of a file of settings
+MAX_YAML_BYTES, MAX_YAML_NODES = 2**20, 2**17  # aliases count as what they stand for
+MAX_DEPTH = 64  # of lists and mappings in each other
+MAX_DIGITS = 400  # of a number; the largest fp64 has 309
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError for anything but a JSON object."""
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, a directory or a broken link too: it is read, or refused, not passed over."""
+    return os.path.lexists(path)
+
+
+def read_text(path: Path, kind: str = "text", limit: int = MAX_BYTES) -> str:
+    """UTF-8. Raises FileNotFoundError for what is no file, ValueError for one above `limit` bytes or of other bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
+        found = "a directory" if path.is_dir() else "something else" if path.exists() else "none"
+        raise FileNotFoundError(f"{path}: expected a {kind} file, found {found}")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes of {kind}, got {path.stat().st_size}")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not {kind}: {error}") from None
+
+
+def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """Raises FileNotFoundError, or ValueError for anything but a JSON object, and for one above `limit` bytes."""
+    settings = parse_json(read_text(path, "JSON", limit), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value of any type. Raises ValueError, with `where`, for what is none, a key given twice, ..."""
+    try:
+        value = json.loads(text, object_pairs_hook=_once, parse_int=_int, parse_float=_float)
+        _check_values(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.80} is given twice")
+        found[key] = value
+    return found
+
+
+def _int(digits: str) -> int:
+    return int(_short(digits))
+
+
+def _float(digits: str) -> float:
+    return float(_short(digits))
+
+
+def _short(digits: str) -> str:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return digits
+
+
+def _check_values(value: Any) -> None:
+    """Raises ValueError for half a character, which nothing can print, and for what is nested too deeply."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        texts = [text for text in level if isinstance(text, str)]
+        texts += [key for inner in level if isinstance(inner, dict) for key in inner if isinstance(key, str)]
+        "".join(texts).encode("utf-8")  # UnicodeEncodeError is a ValueError
+        inner = (own.values() if isinstance(own, dict) else own for own in level if isinstance(own, dict | list))
+        level = [own for values in inner for own in values]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_DEPTH} lists or mappings in each other")
+
+
+def read_yaml(path: Path) -> Any:
+    """Raises FileNotFoundError, or ValueError that names the file and the line for anything but plain YAML."""
+    return parse_yaml(read_text(path, "YAML", MAX_YAML_BYTES), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """A value of plain YAML. Raises ValueError, with `where`, for anything else, twofold keys and endless aliases."""
+    try:
+        value = yaml.load(text, _Yaml)  # a SafeLoader
+        _check_values(value)
+        return value
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{where}: not YAML: {line}{what}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+class _Yaml(yaml.SafeLoader):
+    """Refuses a key given twice, numbers without end, and aliases that stand for too much."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.count, self.counts = 0, {}  # of nodes so far, and of those below each
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event, before = self.peek_event(), self.count
+        is_alias = isinstance(event, yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and id(node) not in self.counts:
+            raise yaml.MarkedYAMLError(problem="an alias inside of what it stands for", problem_mark=event.start_mark)
+        self.count += self.counts[id(node)] if is_alias else 1
+        self.counts[id(node)] = self.counts[id(node)] if is_alias else self.count - before
+        if self.count > MAX_YAML_NODES:
+            problem = f"more than {MAX_YAML_NODES} values, with aliases as what they stand for"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > MAX_DIGITS:
+            problem = f"a number of {len(node.value)} digits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                problem = f"the key {key.value!r:.80} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+
+def read_member(archive: ZipFile, name: str, limit: int) -> bytes:
+    """A file of a zip archive. Raises ValueError where it has more than `limit` bytes, before it is inflated, or is
+    damaged, and KeyError where there is none."""
+    info = archive.getinfo(name)
+    if info.file_size > limit:
+        raise ValueError(f"{name}: expected at most {limit} bytes, got {info.file_size}")
+    if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # zipfile inflates those of others without a bound
+        raise ValueError(f"{name}: expected a file stored or deflated, got method {info.compress_type}")
+    try:
+        with archive.open(info) as member:
+            content = member.read(info.file_size)  # read() would inflate all at once, whatever the size says
+            if len(content) < info.file_size or member.read(1):
+                raise BadZipFile(f"{len(content)} of {info.file_size} bytes")
+    except (BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+        raise ValueError(f"{name}: damaged: {error}") from None
+    return content
 
 
 UNION_TAGS = ("vit", "resnet")  # of CLIPConfig.image, which pydantic puts between the field and its own fields

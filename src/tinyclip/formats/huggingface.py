@@ -7,25 +7,23 @@ Shape legend: B pairs, D width, E embedding, L tokens, P patch side, S side of t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tokenizers
 import torch
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, StrictBool
 from torch import Tensor
 
 from tinyclip.formats import weights
-from tinyclip.formats.files import read_json, validated, write_json
+from tinyclip.formats.files import is_there, parse_json, read_json, read_text, validated, write_json
 from tinyclip.formats.provenance import entry
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
 from tinyclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
-from tinyclip.tokenizer import END, START, Tokenizer
+from tinyclip.tokenizer import END, START, WORDS, Tokenizer, TokenizerFile, is_same, ours_of, vocab_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +46,13 @@ PICKLE_FILES = [PICKLES, "pytorch_model-*-of-*.bin", f"{PICKLES}.index.json"]  #
 MODULES_FILE, CLIP_MODULE = "modules.json", "0_CLIPModel"  # of sentence-transformers, which has a CLIPModel inside
 RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 LEGACY_EOS = 2  # configs with this id mean that a text ends at its largest id, which is our rule
-PROBE = "A photo  of\n2 Cats -- don't you see?"  # upper case, white space, punctuation: read alike or not CLIP's
+NOT_CLIP = "not CLIP's byte pair encoding"
+SPLITS = (  # of a text into words, in tokenizer.json: ours, transformers 4's and 5's
+    WORDS,
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+)
+IN_DECODING = ("trim_offsets", "use_regex")  # which words a character came from; another split of what is split
 REMOTE_CODE = Path(__file__).with_name("modeling_tinyclip.py")
 REMOTE_CONFIG = {  # beside ours in config.json
     "model_type": "tinyclip",
@@ -98,8 +102,8 @@ NOT_WEIGHTS = {"vision_model.embeddings.position_ids", "text_model.embeddings.po
 
 def _square(value: Any) -> Any:
     """[224, 224] and {"height": 224, "width": 224} -> 224."""
-    sides = set(value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value])
-    return sides.pop() if len(sides) == 1 else value
+    sides = list(value.values()) if isinstance(value, Mapping) else value
+    return sides[0] if isinstance(sides, list) and sides and all(side == sides[0] for side in sides) else value
 
 
 def _sides(value: Any) -> Any:
@@ -129,7 +133,7 @@ class _Tower(_Section):
     num_hidden_layers: int = Field(default=12, gt=0, le=1024)
     num_attention_heads: int = Field(default=8, gt=0)
     hidden_act: Literal["gelu", "quick_gelu"] = "quick_gelu"
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    layer_norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
 
 
 class _Vision(_Tower):
@@ -198,6 +202,10 @@ class _Modules(_Section):
     modules: list[_Module] = Field(min_length=1)
 
 
+class _Vocab(RootModel[dict[str, int]]):
+    """vocab.json."""
+
+
 class _Index(_Section):
     weight_map: dict[str, str] = Field(min_length=1)
 
@@ -237,7 +245,8 @@ def from_huggingface_dir(directory: Path, device: str | torch.device = "cpu") ->
     Raises FileNotFoundError, or ValueError for what is damaged, does not fit, or has no counterpart here.
     """
     config = config_from_huggingface(read_json(directory / "config.json"), where=str(directory / "config.json"))
-    model = from_huggingface(read_weights(directory), config, where=str(directory), device=device)
+    state, where = read_weights(directory, config)
+    model = from_huggingface(state, config, where=str(where), device=device)
     model.preprocess = read_preprocess(directory, config.image.image_size)
     model.tokenizer = read_tokenizer(directory, config.text)
     return model
@@ -249,12 +258,9 @@ def clip_module(directory: Path) -> Path | None:
     Raises ValueError where other modules work on its features.
     """
     file = directory / MODULES_FILE
-    if not file.is_file():
+    if not is_there(file):
         return None
-    try:
-        modules = _Modules.model_validate_json(b'{"modules": ' + file.read_bytes() + b"}").modules
-    except ValueError:
-        raise ValueError(f"{file}: expected a list of modules, each with a path and a type") from None
+    modules = validated(_Modules, {"modules": parse_json(read_text(file, "JSON"), str(file))}, str(file)).modules
     first, *others = (module.type.rpartition(".")[2] for module in modules)
     if first != "CLIPModel" or any(kind != "Normalize" for kind in others) or modules[0].path != CLIP_MODULE:
         got = ", ".join(f"{module.type} in {module.path!r}" for module in modules)
@@ -370,7 +376,7 @@ def from_huggingface(
     state = {name: tensor for name, tensor in state_dict.items() if name not in NOT_WEIGHTS}
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())
-    model = weights.on_meta(config)
+    model = weights.on_meta(config, where)
     weights.check(state, to_huggingface(model), where)
 
     def ours(name: str) -> Tensor:
@@ -386,18 +392,21 @@ def _their_names(ours: str) -> list[str]:
     return [theirs.replace("[qkv]", part) for part in "qkv"] if "[qkv]" in theirs else [theirs]
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """What transformers reads: safetensors before pickles, and of each one file before shards that an index names."""
+def read_weights(directory: Path, config: CLIPConfig) -> tuple[dict[str, Tensor], Path]:
+    """What transformers reads: safetensors before pickles, and of each one file before shards that an index names.
+
+    And the file, or the index.
+    """
     for name in (SAFETENSORS, PICKLES):
-        if (directory / name).is_file():
-            return weights.read(directory / name)
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            shards = set(validated(_Index, read_json(index), str(index)).weight_map.values())
-            if away := sorted(shard for shard in shards if Path(shard).name != shard):
-                raise ValueError(f"{index}: expected the names of files beside it, got {away[0]!r}")
-            states = [weights.read(directory / shard) for shard in sorted(shards)]
-            return {name: tensor for state in states for name, tensor in state.items()}
+        if is_there(file := directory / name):
+            return weights.read(file, config), file
+        if is_there(index := directory / f"{name}.index.json"):
+            shards = sorted(set(validated(_Index, read_json(index), str(index)).weight_map.values()))
+            if away := [shard for shard in shards if not re.fullmatch(r"[\w-][\w.-]*", shard)]:
+                raise ValueError(f"{index}: expected the names of files beside it, got {away[0]!r:.80}")
+            weights.check_room([directory / shard for shard in shards], config)
+            states = [weights.read(directory / shard, config) for shard in shards]
+            return {name: tensor for state in states for name, tensor in state.items()}, index
     other = [f"; {name} is not read" for name in OTHER_WEIGHTS if (directory / name).is_file()]
     raise FileNotFoundError(
         f"{directory / SAFETENSORS}: expected a checkpoint file, found none; nor {PICKLES}, nor an index of shards"
@@ -412,10 +421,10 @@ def read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
     for another size than the model's, or other steps.
     """
     file = directory / "processor_config.json"
-    settings = read_json(file).get("image_processor") if file.is_file() else None
+    settings = read_json(file).get("image_processor") if is_there(file) else None
     if settings is None:
         file = directory / "preprocessor_config.json"
-        if not file.is_file():
+        if not is_there(file):
             return None
         settings = read_json(file)
     if isinstance(settings, dict) and settings.get("image_processor_type") is None:
@@ -449,40 +458,69 @@ def read_preprocess(directory: Path, image_size: int) -> Preprocess | None:
 def read_tokenizer(directory: Path, config: TextConfig) -> Tokenizer | None:
     """None where the directory has none. Raises ValueError for one that is not CLIP's byte pair encoding."""
     file, vocab_file, merges_file = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    theirs, added = None, []
-    try:
-        if file.is_file():
-            theirs = tokenizers.Tokenizer.from_file(str(file))
-            settings = json.loads(theirs.to_str())
-            vocab, merges, added = theirs.get_vocab(), settings["model"]["merges"], settings["added_tokens"]
-        elif vocab_file.is_file() and merges_file.is_file():
-            file = vocab_file
-            vocab, merges = tokenizers.models.BPE.read_file(str(vocab_file), str(merges_file))
-        else:
-            return None
-        tokenizer = Tokenizer.from_merges([(left, right) for left, right in merges], config.context_length)
-    except Exception as error:  # `tokenizers` raises bare Exception; other kinds of model have no merges
-        raise ValueError(f"{file}: not CLIP's byte pair encoding: {weights.first_line(error)}") from None
+    if is_there(file):
+        where = f"{file}: {NOT_CLIP}"
+        found = validated(TokenizerFile, read_json(file), where)
+        vocab, merges = found.vocab, found.model.merges
+    elif is_there(vocab_file) and is_there(merges_file):
+        where, found = f"{vocab_file} and {merges_file.name}: {NOT_CLIP}", None
+        vocab, merges = validated(_Vocab, read_json(vocab_file), where).root, _read_merges(merges_file)
+    else:
+        return None
     tokens = sorted(vocab, key=vocab.__getitem__)
-    if len(tokens) != config.vocab_size or tokens[:-2] != tokenizer.tokens[:-2]:
-        raise ValueError(
-            f"{file}: not CLIP's byte pair encoding: expected {config.vocab_size} tokens, 512 bytes, the merges, start "
-            f"and end; got {len(tokens)} tokens, or in another order"
-        )
-    _check_special({"added_tokens": added}, tokens, file)
+    if len(tokens) != config.vocab_size or [vocab[token] for token in tokens] != list(range(len(tokens))):
+        raise ValueError(f"{where}: expected ids 0 to {config.vocab_size - 1}, got {len(tokens)} of them, or others")
+    if tokens[:-2] != list(vocab_of(merges))[:-2]:
+        raise ValueError(f"{where}: expected 512 bytes, the merges, start and end, in this order")
+    if found is not None:
+        _check_special({"added_tokens": [token.content for token in found.added_tokens]}, tokens, file)
+        _check_reading(found, where)
     _check_settings(directory, config, tokens)
-    if theirs is not None:
-        theirs.no_padding()
-        theirs.enable_truncation(config.context_length)
-        if (got := theirs.encode(PROBE).ids) != (expected := tokenizer.encode([PROBE])[0]):
-            raise ValueError(f"{file}: does not read texts as CLIP: expected {expected} for {PROBE!r}, got {got}")
-    return tokenizer
+    try:
+        return Tokenizer.from_merges(merges, config.context_length)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    """Of a merges.txt: two tokens on a line, after one that says the version."""
+    lines = [line for line in read_text(file).split("\n") if line.strip() and not line.startswith("#version")]
+    pairs = [tuple(line.split(" ")) for line in lines]
+    if odd := next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None):
+        raise ValueError(f"{file}: {NOT_CLIP}: expected two tokens on a line, got {odd!r:.80}")
+    return [(left, right) for left, right in pairs]
+
+
+def _check_reading(found: TokenizerFile, where: str) -> None:
+    """Raises ValueError for a tokenizer.json that cleans, splits or frames a text in another way than CLIP's do."""
+    start, end = len(found.vocab) - 2, len(found.vocab) - 1
+    names = {token.id: token.content for token in found.added_tokens}
+    frames = [
+        {"type": "RobertaProcessing", "sep": [names.get(end), end], "cls": [names.get(start), start]},
+        ours_of(len(found.vocab), 3)["post_processor"],
+    ]
+    splits = [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True} for words in SPLITS]
+    known = {
+        "normalizer": [ours_of(len(found.vocab), 3)["normalizer"]],
+        "pre_tokenizer": [{"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]} for split in splits],
+        "post_processor": frames,
+    }
+    for name, ones in known.items():
+        got = getattr(found, name)
+        if not any(is_same(one, _without(got, IN_DECODING)) for one in ones):
+            raise ValueError(f"{where}: does not read texts as CLIP: {name} {got!r:.200}")
+
+
+def _without(part: Any, fields: Sequence[str]) -> Any:
+    if isinstance(part, dict):
+        return {name: _without(value, fields) for name, value in part.items() if name not in fields}
+    return [_without(value, fields) for value in part] if isinstance(part, list) else part
 
 
 def _check_settings(directory: Path, config: TextConfig, tokens: list[str]) -> None:
     """Raises ValueError for settings at which transformers gives a text other ids than its vocabulary says."""
     file = directory / "tokenizer_config.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json(file) if is_there(file) else {}
     found = validated(_TokenizerSettings, settings, str(file))
     if found.model_max_length is not None and found.model_max_length < config.context_length:
         raise ValueError(
@@ -492,8 +530,8 @@ def _check_settings(directory: Path, config: TextConfig, tokens: list[str]) -> N
     _check_special(settings, tokens, file)
     if "added_tokens_decoder" not in settings:
         special, added = (directory / name for name in OLDER_TOKENS)
-        _check_special(read_json(special) if special.is_file() else {}, tokens, special)
-        _check_special({"added_tokens": list(read_json(added)) if added.is_file() else []}, tokens, added)
+        _check_special(read_json(special) if is_there(special) else {}, tokens, special)
+        _check_special({"added_tokens": list(read_json(added)) if is_there(added) else []}, tokens, added)
 
 
 def _check_special(settings: Mapping[str, Any], tokens: list[str], file: Path) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from tinyclip.formats import huggingface, weights
-from tinyclip.formats.files import read_json, validated, write_json
+from tinyclip.formats.files import is_there, read_json, validated, write_json
 from tinyclip.formats.provenance import entry, read_provenance
 from tinyclip.formats.uniform import why_not
 from tinyclip.model import CLIP, BlockConfig, CLIPConfig, ImageConfig, TextConfig, TowerConfig
@@ -160,8 +160,15 @@ class _PreprocessCfg(_Section):
     resize_mode: Literal["shortest", "squash"] = "shortest"  # "longest" leaves borders, of `fill_color`
 
 
-def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
-    """Raises TeachOnly, naming the field, where our towers lack something or a value is not one."""
+def config_from_open_clip(model_cfg: Mapping[str, Any], where: str | None = None) -> CLIPConfig:
+    """Raises TeachOnly, naming `where` and the field, where our towers lack something or a value is not one."""
+    try:
+        return _config(model_cfg)
+    except TeachOnly as error:
+        raise error if where is None else TeachOnly(f"{where}: {error}") from None
+
+
+def _config(model_cfg: Mapping[str, Any]) -> CLIPConfig:
     try:
         model = _Model.model_validate(model_cfg)
         vision, text = model.vision_cfg, model.text_cfg
@@ -273,7 +280,7 @@ def from_open_clip(
 
     A block of the config without heads or neurons has no keys, and adds nothing: its output bias is zero.
     """
-    model = weights.on_meta(config)
+    model = weights.on_meta(config, where)
     state = _plain(state_dict)
     lost = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(LOST_BRANCH)}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in lost}
@@ -446,7 +453,7 @@ def to_open_clip_dir(model: CLIP, directory: Path) -> None:
 
 
 def is_theirs(directory: Path) -> bool:
-    return (directory / CONFIG_FILE).is_file()
+    return is_there(directory / CONFIG_FILE)
 
 
 def from_open_clip_dir(directory: Path, device: str | torch.device = "cpu") -> CLIP:
@@ -462,18 +469,16 @@ def from_open_clip_dir(directory: Path, device: str | torch.device = "cpu") -> C
     if own_vocabulary:
         text_cfg = {name: value for name, value in model_cfg["text_cfg"].items() if name != "hf_tokenizer_name"}
         model_cfg = {**model_cfg, "text_cfg": text_cfg}
-    try:
-        config = config_from_open_clip(model_cfg)
-    except TeachOnly as error:
-        raise TeachOnly(f"{where}: {error}") from None
-    file = _weights_file(directory)
-    model = from_open_clip(weights.read(file), config, where=str(file), device=device)
+    config, file = config_from_open_clip(model_cfg, where), _weights_file(directory)
+    model = from_open_clip(weights.read(file, config), config, where=str(file), device=device)
     preprocess_cfg = settings.get("preprocess_cfg") or {}
     if not isinstance(preprocess_cfg, dict):
         raise ValueError(f"{where}: preprocess_cfg: expected an object, got {type(preprocess_cfg).__name__}")
     model.preprocess = _preprocess({**preprocess_cfg, "size": config.image.image_size}, where)
     if own_vocabulary:
         model.tokenizer = huggingface.read_tokenizer(directory, config.text)
+        if model.tokenizer is None:
+            raise FileNotFoundError(f"{directory / TOKENIZER_FILE}: expected the vocabulary that the config names")
     elif config.text.vocab_size == len(Tokenizer.openai(config.text.context_length).tokens):
         model.tokenizer = Tokenizer.openai(config.text.context_length)
     model.provenance = read_provenance(settings, where)
@@ -485,7 +490,7 @@ def _weights_file(directory: Path) -> Path:
     named = [directory / name for name in (WEIGHTS_FILE, *OTHER_WEIGHTS_FILES)]
     other = (path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
     other = sorted(other, key=lambda path: (path.suffix != ".safetensors", path))
-    return next((path for path in [*named, *other] if path.is_file()), named[0])
+    return next((path for path in [*named, *other] if is_there(path)), named[0])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,35 +11,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinyclip.formats.torchscript import is_torchscript, read_torchscript
+from tinyclip.formats.torch_file import read_torch_file
 from tinyclip.model import CLIP, CLIPConfig
 
 NUM_NAMED = 3  # keys that an error names
+BYTES_PER_WEIGHT = 32  # fp32 with AdamW's two moments, all of it twice: under a wrapper's names too
+SLACK_BYTES = 2**24  # of names, headers and buffers
+MAX_BYTES = 2**36  # of a file without a config
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COUNTER = ".num_batches_tracked"  # of a BatchNorm: the only weight that is not a float
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, config: CLIPConfig | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pt, .pth or .bin file, or of a TorchScript archive, whose code is never run.
 
-    {"state_dict": ...} is unwrapped.
+    {"state_dict": ...} is unwrapped. They take no more memory than the file has bytes, and a file that is larger than
+    the weights of `config` can need is not opened.
 
     Raises FileNotFoundError, or ValueError for a damaged file and one that holds more than tensors.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
+    check_room([path], config)
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        elif is_torchscript(path):
-            state = read_torchscript(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except UnpicklingError:
         raise ValueError(f"{path}: expected tensors only; the file holds code or is damaged, and is not read") from None
     except Exception as error:  # a damaged file can fail anywhere in the parsers
         raise ValueError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}")
     for key, value in state.items():
@@ -50,6 +47,20 @@ def read(path: Path) -> dict[str, Tensor]:
         if not _is_stored(value):
             raise ValueError(f"{path}: {key:.80}: expected a tensor that the file holds in full")
     return dict(state)
+
+
+def check_room(files: Sequence[Path], config: CLIPConfig | None) -> None:
+    """Raises FileNotFoundError for what is no file, and ValueError where the files are larger than a model can need."""
+    for path in files:
+        if not path.is_file():
+            found = "a directory" if path.is_dir() else "none"
+            raise FileNotFoundError(f"{path}: expected a checkpoint file, found {found}")
+    limit, reason = MAX_BYTES, "for a file that says itself what it is"
+    if config is not None:
+        num_weights = sum(tensor.numel() for tensor in on_meta(config, str(files[0])).state_dict().values())
+        limit, reason = BYTES_PER_WEIGHT * num_weights + SLACK_BYTES, f"for the {num_weights} weights of the config"
+    if (size := sum(path.stat().st_size for path in files)) > limit:
+        raise ValueError(f"{files[0]}: expected at most {limit} bytes {reason}, got {size}")
 
 
 def _is_stored(tensor: Tensor) -> bool:
@@ -77,13 +88,13 @@ def write(state: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def on_meta(config: CLIPConfig) -> CLIP:
-    """The model without memory for its weights. Raises ValueError for sizes beyond any memory."""
+def on_meta(config: CLIPConfig, where: str) -> CLIP:
+    """The model without memory for its weights. Raises ValueError, with `where`, for sizes beyond any memory."""
     try:
         with torch.device("meta"):
             return CLIP(config)
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise ValueError(f"the config describes a model that cannot be built: {first_line(error)}") from None
+        raise ValueError(f"{where}: the config describes a model that cannot be built: {first_line(error)}") from None
 
 
 def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
@@ -113,7 +124,7 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: st
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
     """Raises ValueError for weights that are not floats, or hold NaN or infinity."""
-    whole = [f"{name} ({tensor.dtype})" for name, tensor in state.items() if not tensor.is_floating_point()]
+    whole = [f"{name} ({tensor.dtype})" for name, tensor in state.items() if tensor.dtype not in FLOATS]
     if whole:
         raise ValueError(f"{where}: expected floating-point weights; {_listed('others', whole)}")
     extremes = {name: torch.stack(torch.aminmax(tensor.float())) for name, tensor in state.items()}  # NaN propagates

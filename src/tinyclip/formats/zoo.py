@@ -131,7 +131,7 @@ def load(name: str, *, device: str | torch.device = "cpu") -> CLIP:
         known = [f"{PREFIX}{known}-{data}" for known, data in CHECKPOINTS if known == entry.architecture]
         raise ValueError(f"{name}: expected {' or '.join(known) or name}, or {name}/FILE: the weights")
     whole, file = config_from_open_clip(entry.model_cfg), resolve(entry)
-    model = from_release(weights.read(file), whole, where=str(file), device=device)
+    model = from_release(weights.read(file, whole), whole, where=str(file), device=device)
     if model.config != whole and entry.architecture not in PRUNED:
         raise ValueError(f"{file}: expected the sizes of {entry.architecture}, got those of a pruned model")
     return with_openai_reader(model)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tinyclip.formats.files import read_json, validated
+from tinyclip.formats.files import MAX_YAML_BYTES, parse_yaml, read_json, read_text, validated
 from tinyclip.model import CLIPConfig
 from tinyclip.redact import redacted
 from tinyclip.shrink.keep import Keep
@@ -110,9 +110,9 @@ def read_run(path: Path) -> Run:
     if not file.is_file():
         raise ValueError(f"{path}: expected a run (a directory with recipe.yaml), found none")
     try:
-        text = file.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        text = read_text(file, "YAML", MAX_YAML_BYTES)
+        recipe = parse_yaml(text, str(file))
+    except ValueError:
         raise ValueError(f"{file}: damaged, expected the recipe of a run") from None
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     named = isinstance(stages, list) and all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in stages)
