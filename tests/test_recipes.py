@@ -72,7 +72,7 @@ def test_every_preset_builds_and_survives_yaml(name, tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_presets_docstring_holds_its_command(name):
-    assert re.search(rf"^    tinyclip (train|compress) {name} .*--run", PRESETS[name].__doc__ or "", re.MULTILINE)
+    assert re.search(rf"^ *tinyclip (train|compress) {name} .*--run", PRESETS[name].__doc__ or "", re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", PRESETS)
