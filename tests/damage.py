@@ -38,7 +38,15 @@ from tinyclip.shrink.masks import LearnMasks
 
 ITEMS = 24  # of a part of the store: 64 pictures make three, the last one short
 NEVER_READ = {"calls.jsonl", ".lock"}  # by a call that continues
-REQUIRED = {"stages", "images", "model", "scores", "files", "weights"}  # of keys that are there; others may lack
+REQUIRED = {
+    "stages",
+    "images",
+    "model",
+    "scores",
+    "files",
+    "weights",
+    "counts",
+}  # of keys that are there; others may lack
 Damage = Callable[[Path, Random], None]
 
 
