@@ -66,6 +66,7 @@ CUT = "shrink/test_keep.py::test_the_cut_model_equals_the_gated_model"
 NORM = "shrink/test_keep.py::test_a_gated_layernorm_is_that_of_the_open_channels_"
 TOWERS = "test_model.py::test_towers_equal_open_clip"
 RANKS = "test_distributed.py::test_value_and_every_gradient_equal_one_process"
+BIT = "test_damage.py::test_damage_is_named_and_nothing_changes_or_what_is_said_to_be_made_again_is[a_bit-finished]"
 CROPS = "data/test_loader.py::test_"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -190,8 +191,28 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "distill/checkpoints.py",
-        ("a damaged checkpoint is continued", "if _digits(path) != digits:", "if False:",
+        ("a damaged checkpoint is continued", "if not path.is_file() or _digits(path) != digits:", "if False:",
          "distill/test_checkpoints.py::test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used"),
+    ),
+    *_of(
+        "formats/files.py",
+        ("a record's sha256 is not read", "hashlib.sha256(parts[1]).hexdigest().encode() != parts[2]", "False", BIT),
+        ("digests of a directory are not compared", "if sha256_of(path) != sha256:", "if False:", BIT),
+    ),
+    *_of(
+        "distill/store.py",
+        ("a store's tensors are not compared", 'self._noted["sha256"] != _sha256(self.tensors)', "False", BIT),
+        ("any vector of a store is taken", "<= NORM_TOLERANCE", "<= math.inf",
+         "distill/test_store.py::test_a_damaged_part_is_told_and_the_teacher_asked_again[zeros]"),
+    ),
+    *_of(
+        "formats/checkpoint.py",
+        ("a damaged model is loaded", "    check_digests(directory)\n", "", BIT),
+    ),
+    *_of(
+        "run.py",
+        ("two calls work on one run", "lock.acquire(timeout=0)", "pass",
+         "test_compress.py::test_two_calls_do_not_work_on_one_run"),
     ),
     *_of(
         "distributed.py",

@@ -2,11 +2,13 @@
 
     python -m tests.soak --faults 300 --seed 0          (make soak)
 
-A run is `tinyclip compress` in a forked child of this process, which has imported everything and computed nothing. A
-fault strikes in a place (the n-th step, the n-th checkpoint that is saved, ...), there before or after any call of
-Python or C, or any call that touches files: SIGKILL, SIGTERM or Ctrl-C. Others are a signal after some milliseconds, a
-file size limit (a write fails in its middle, as on a full disk), and a checkpoint that was cut or changed while nothing
-ran. A life is one run directory: some faults, then a call that ends. A teacher store in it is compared like the rest.
+A run is `tinyclip compress` in a forked child of this process, which has imported everything and computed nothing; some
+calls are `embed`, and a variant is `evaluate`. A fault strikes in a place (the n-th step, the n-th checkpoint that is
+saved, ...), there before or after any call of Python or C, or any call that touches files: SIGKILL, SIGTERM or Ctrl-C.
+Others are a signal after some milliseconds, a file size limit (a write fails in its middle, as on a full disk), a kill
+after which the disk forgets what was not synced (tests/disk.py), any file that was damaged while nothing ran, and a
+stop while a process of its own still imports. A life is one run directory: some faults, then a call that ends. A
+teacher store in it is compared like the rest. Races are two calls that begin one run, or two runs that begin one store.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ import torch
 import torch._dynamo
 import yaml
 
+from tests import damage, disk
+from tests.test_cli import start_and_stop
 from tests.test_compress import student_recipe, teacher_recipe
 from tinyclip import check, cli, compress, recipes, run, start
 from tinyclip.data.loader import PairLoader
@@ -72,12 +76,16 @@ PLACES: dict[str, tuple[Any, str]] = {
     "finish run": (run, "finish"),
 }
 FILE_CALLS = {"replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "open", "write", "flush", "serialize_file"}
-SIGNALS = {"kill": signal.SIGKILL, "damage": signal.SIGKILL, "term": signal.SIGTERM, "ctrl-c": signal.SIGINT}
-KINDS = ["kill"] * 10 + ["term", "ctrl-c", "full disk", "damage"]
+KILLS = {"kill", "damage", "power loss"}
+SIGNALS = {"term": signal.SIGTERM, "ctrl-c": signal.SIGINT} | dict.fromkeys(KILLS, signal.SIGKILL)
+KINDS = ["kill"] * 8 + ["term", "ctrl-c", "full disk", "damage", "damage", "power loss", "power loss", "import"]
+IMPORT_S = 1.5  # about what imports take
+STORE = {"claim store", "missing parts", "ask teacher", "write part", "open part"}  # places that `embed` comes to
+DAMAGES = (damage.a_bit, damage.cut, damage.emptied, damage.noise)
 PHASES = {  # function -> what part of a run it is; of several on the stack the first of these
     "store_teacher": "store", "evaluate": "evaluation", "save": "saving", "learn_masks": "masks", "train": "distill"
 }  # fmt: skip
-STATUS = {"kill": -signal.SIGKILL, "damage": -signal.SIGKILL, "term": 0, "ctrl-c": 130, "full disk": 2}
+STATUS = {"term": 0, "ctrl-c": 130, "full disk": 2} | dict.fromkeys(KILLS, -signal.SIGKILL)
 PATIENCE_S = 120
 ITEMS, READ_AT_ONCE = 24, 8  # of a part of the store: 64 pictures make three, the last one short; written every time
 WARM = (compress, recipes, retrieval, torch._dynamo, zeroshot)  # a command imports them late, the optimizers dynamo
@@ -96,12 +104,13 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Fault:
-    kind: str  # of SIGNALS, or "full disk"; "damage" kills, then changes the newest checkpoint
+    kind: str  # of SIGNALS, "full disk" or "import"; "damage" kills, then changes a file
     place: str = ""  # empty: after `amount` milliseconds
     occurrence: int = 1
     amount: int = 0  # calls after the place was reached; milliseconds; or bytes that a file may have
     of_files: bool = False  # the calls
     order: int = 0  # where in an undisturbed run it would be
+    command: str = ""  # else the variant's
 
 
 @dataclass
@@ -109,6 +118,7 @@ class Report:
     struck: list[dict[str, Any]] = field(default_factory=list)
     missed: int = 0  # faults that the run had passed, or ended before
     lives: int = 0
+    races: int = 0
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -198,6 +208,8 @@ def _child(arguments: list[str], output: Path, fault: Fault | None, note: Path) 
     torch.set_num_threads(1)
     store.ITEMS, store.READ_AT_ONCE, store.UNWRITTEN_S = ITEMS, READ_AT_ONCE, 0.0
     sys.argv = ["tinyclip", *arguments]
+    if fault is not None and fault.kind == "power loss":
+        disk.Journal(note.with_suffix(".synced"))
     if fault is not None and fault.kind == "full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.amount, fault.amount))
     hook = None
@@ -214,6 +226,8 @@ def _child(arguments: list[str], output: Path, fault: Fault | None, note: Path) 
 
 class Variant:
     """A recipe, what an undisturbed run of it leaves, and the faults that it offers."""
+
+    command = "compress"
 
     def __init__(self, name: str, settings: dict[str, Any], room: Path):
         self.name, self.room = name, room / name
@@ -259,8 +273,11 @@ class Variant:
 
     def call(self, run_dir: Path, fault: Fault | None) -> int:
         """The exit status of the command."""
-        self.note.unlink(missing_ok=True)
-        arguments = ["compress", str(self.recipe), "--run", str(run_dir)]
+        for left in (self.note, self.note.with_suffix(".synced")):
+            left.unlink(missing_ok=True)
+        arguments = self.arguments((fault and fault.command) or self.command, run_dir)
+        if fault is not None and fault.kind == "import":
+            return self._stopped_while_importing(arguments, fault)
         process = Process(target=_child, args=(arguments, self.output, fault, self.note))
         process.start()
         if fault is not None and fault.kind in SIGNALS and not fault.place:
@@ -277,8 +294,25 @@ class Variant:
             self.note.unlink(missing_ok=True)  # it ended before the signal came
         return process.exitcode or 0
 
+    def arguments(self, command: str, run_dir: Path) -> list[str]:
+        return [command, str(self.recipe), "--run", str(run_dir)]
+
+    def _stopped_while_importing(self, arguments: list[str], fault: Fault) -> int:
+        number = signal.SIGTERM if fault.occurrence == 1 else signal.SIGINT
+        status, said = start_and_stop(arguments, number, fault.amount / 1000)
+        self.output.write_text(said)
+        right = status == {signal.SIGTERM: 0, signal.SIGINT: 130}[number] and "tinyclip: stopped" in said
+        if right or status != 0:
+            self.note.write_text(json.dumps({"phase": "import", "line": f"{fault.amount} ms"}))
+        return status if right or status == 0 else 125
+
     def fault(self, random: Random, kind: str) -> Fault:
         """A fault of this kind: places in turn, a random moment there."""
+        if kind == "import":
+            if self.name in ("masks", "scratch", "workers"):  # a process of its own has parts of the store's usual size
+                after = random.randrange(int(1000 * IMPORT_S))
+                return Fault(kind, amount=after, occurrence=random.choice((1, 2)), order=random.randrange(self.end))
+            kind = "kill"
         if kind == "full disk" and self.name != "workers":  # they share memory as files
             return Fault(kind, amount=random.randrange(4096, self.largest), order=random.randrange(self.end))
         if kind == "damage":
@@ -288,12 +322,38 @@ class Variant:
             self.places = random.sample(["", *self.visits], len(self.visits) + 1)
         place = self.places.pop()
         kind = "kill" if kind == "full disk" else kind
+        command = "embed" if self.name == "stored" and place in STORE and random.random() < 0.5 else ""
         if not place:
             return Fault(kind, amount=50 + int(1000 * self.seconds * random.random()), order=self.end // 2)
         visit = random.choice(self.visits[place])
         of_files = visit.file_calls > 0 and random.random() < 0.7
         amount = random.randrange(visit.file_calls if of_files else visit.calls)
-        return Fault(kind, place, visit.occurrence, amount, of_files, visit.start)
+        return Fault(kind, place, visit.occurrence, amount, of_files, visit.start, command)
+
+
+class Evaluate(Variant):
+    """`tinyclip evaluate` of a run, which leaves one file."""
+
+    command = "evaluate"
+
+    def __init__(self, model: Path, room: Path):
+        super().__init__("evaluate", {}, room)
+        self.model = model
+
+    def prepare(self) -> Variant:
+        began = time.monotonic()
+        self._record(self.room / "undisturbed")
+        self.expected = snapshot(self.room / "undisturbed")
+        self.seconds = time.monotonic() - began
+        self.end = max(visits[-1].start for visits in self.visits.values())
+        return self
+
+    def arguments(self, command: str, run_dir: Path) -> list[str]:
+        data = ["--retrieval", "scenes?split=heldout&count=16", "--zeroshot", "scenes?split=classes&count=16"]
+        return [command, str(self.model), *data, "--out", str(run_dir / "scores.json")]
+
+    def fault(self, random: Random, kind: str) -> Fault:
+        return super().fault(random, "kill" if kind in ("full disk", "damage") else kind)
 
 
 def snapshot(run_dir: Path) -> dict[str, Any]:
@@ -308,8 +368,11 @@ def snapshot(run_dir: Path) -> dict[str, Any]:
         elif path.name == "recipe.yaml":
             settings = yaml.safe_load(content)
             found[name] = settings | {"data": settings["data"] | {"workers": 0}}
+        elif path.name == "digests.json" and path.parent.name in ("masks", "distill"):  # of times too
+            files.check_digests(path.parent)
+            found[name] = sorted(files.read_sealed(path)["files"])
         elif path.name == "stage.json":
-            result = json.loads(content)
+            result = files.read_sealed(path)
             found[name] = result | {"training": result["training"] | {"seconds": 0}}
         elif path.suffix == ".jsonl":
             found[name] = [json.loads(line) | {"pairs_per_s": 0} for line in content.splitlines()]
@@ -323,62 +386,126 @@ def compared(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
     return [name for name in sorted(expected.keys() | got.keys()) if expected.get(name) != got.get(name)]
 
 
+class Damaged(NamedTuple):
+    """A file that was damaged while nothing ran, and what it was."""
+
+    path: Path
+    content: bytes
+
+
 def live(variant: Variant, faults: list[Fault], run_dir: Path, report: Report, random: Random) -> None:
     """One run directory from its start, through the faults, to its end."""
-    story = []
+    story: list[dict[str, Any]] = []
+    damaged: list[Damaged] = []
     for fault in sorted(faults, key=lambda fault: fault.order):
-        if story:  # what comes after is less than a whole run
+        if story and fault.kind != "import":  # what comes after is less than a whole run
             fault = replace(fault, occurrence=min(fault.occurrence, random.randint(1, 3)))
-        status = variant.call(run_dir, fault)
+        known = disk.Known.of(run_dir)
+        status = called(variant, run_dir, fault, damaged)
         output = variant.output.read_text()
         struck = json.loads(variant.note.read_text()) if variant.note.exists() else None
         if fault.kind == "full disk" and status == 2:
             struck = {"phase": "by size", "line": f"{fault.amount} bytes"}
         if struck is None and status == 0:
             report.missed += 1
-            break  # it came to its end
+            if fault.command:  # it came to the end of a part
+                continue
+            break
         too_late = not fault.place and (run_dir / "model").exists()  # while Python shut down, say
         report.wrong += [] if too_late else _answer(fault, status, output, variant)
         if struck is None:
             report.missed += 1
             continue
-        if fault.kind == "damage":
-            struck["damaged"] = _damage(run_dir, random)
-        known = {"variant": variant.name, "kind": fault.kind, "place": fault.place, "occurrence": fault.occurrence}
-        story.append(known | struck | {"status": status})
-    status = variant.call(run_dir, Fault("none"))
+        if fault.kind == "damage" and (found := _damage(run_dir, random)) is not None:
+            damaged.append(found)
+            struck["damaged"] = str(found.path.relative_to(run_dir))
+        if fault.kind == "power loss":
+            struck["lost"] = disk.forget(run_dir, known, variant.note.with_suffix(".synced"), random)
+        told = {"variant": variant.name, "kind": fault.kind, "place": fault.place, "occurrence": fault.occurrence}
+        story.append(told | struck | {"status": status, "command": fault.command or variant.command})
+    status = called(variant, run_dir, Fault("none"), damaged)
     if status != 0:
         report.wrong.append(f"{variant.name}: ended with {status}: {variant.output.read_text()[-500:]} after {story}")
     elif differ := compared(variant.expected, snapshot(run_dir)):
         report.wrong.append(f"{variant.name}: {', '.join(differ)} differ after {story}")
     report.struck += story
     report.lives += 1
-    shutil.rmtree(run_dir)
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def called(variant: Variant, run_dir: Path, fault: Fault, damaged: list[Damaged]) -> int:
+    """The command's exit status; a file that it names as damaged gets back what it was, and the command comes again."""
+    while True:
+        status = variant.call(run_dir, fault)
+        output = variant.output.read_text()
+        named = [one for one in damaged if str(one.path) in output.strip().rpartition("\n")[2]]
+        if status != 2 or not named or "Traceback" in output:
+            return status
+        for one in named:
+            one.path.write_bytes(one.content)
+            damaged.remove(one)
 
 
 def _answer(fault: Fault, status: int, output: str, variant: Variant) -> list[str]:
     """What is wrong with how the command ended."""
     where = f"{variant.name}: {fault}: status {status}: {output[-700:]!r}"
-    if status != STATUS[fault.kind] or "Traceback" in output:
+    if fault.kind == "import":
+        right = status in (0, 130) and "Traceback" not in output and "continue with: python -m tinyclip" in output
+        return [] if right or variant.command == "evaluate" else [where]
+    command = fault.command or variant.command
+    expected = STATUS[fault.kind] if command != "evaluate" or fault.kind != "term" else 128 + signal.SIGTERM
+    if status != expected or "Traceback" in output:
         return [where]
-    if fault.kind in ("term", "ctrl-c") and f"continue with: tinyclip compress {variant.recipe}" not in output:
+    if command == "evaluate":
+        return []
+    if fault.kind in ("term", "ctrl-c") and f"continue with: tinyclip {command} {variant.recipe}" not in output:
         return [where]
     return [where] if fault.kind == "full disk" and "intact" not in output else []
 
 
-def _damage(run_dir: Path, random: Random) -> str:
-    """Cut or change the newest checkpoint."""
-    found = sorted(run_dir.rglob("checkpoint-*.pt"), key=lambda path: path.stat().st_mtime_ns)
+def _damage(run_dir: Path, random: Random) -> Damaged | None:
+    """Cut or change any file, the newest checkpoint as often as all others."""
+    found = [path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.stat().st_size]
+    found = [path for path in found if path.suffix != ".tmp" and path.name[0] != "." and path.name != "calls.jsonl"]
+    checkpoints = [path for path in found if path.suffix == ".pt"]
+    if checkpoints and random.random() < 0.5:
+        found = [max(checkpoints, key=lambda path: path.stat().st_mtime_ns)]
     if not found:
-        return "no checkpoint"
-    content = bytearray(found[-1].read_bytes())
-    at = random.randrange(len(content))
-    if random.random() < 0.5:
-        del content[at:]
-    else:
-        content[at] ^= 1 << random.randrange(8)
-    found[-1].write_bytes(content)
-    return f"{found[-1].relative_to(run_dir)} from byte {at}"
+        return None
+    path = random.choice(found)
+    content = path.read_bytes()
+    random.choice(DAMAGES)(path, random)
+    return Damaged(path, content)
+
+
+def race(variant: Variant, run_dirs: tuple[Path, Path], report: Report) -> None:
+    """Two first calls at once: each ends well, or with one line since the other works; then one call more."""
+    outputs = [run_dirs[0].with_suffix(f".{number}.txt") for number in (1, 2)]
+    arguments = [variant.arguments(variant.command, run_dir) for run_dir in run_dirs]
+    both = [
+        Process(target=_child, args=(own, output, Fault("none", "nowhere"), variant.note))
+        for own, output in zip(arguments, outputs, strict=True)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(PATIENCE_S)
+    said = [output.read_text() for output in outputs]
+    ends = [
+        (process.exitcode, "another process is working on this run" in text)
+        for process, text in zip(both, said, strict=True)
+    ]
+    right = [(0, False), (2, True)] if run_dirs[0] == run_dirs[1] else [(0, False)]
+    if any(end not in right for end in ends) or (0, False) not in ends or "Traceback" in "".join(said):
+        report.wrong.append(f"{variant.name}: two at once: {ends}: {said}")
+    for run_dir in dict.fromkeys(run_dirs):
+        status = variant.call(run_dir, Fault("none"))
+        if status != 0 or (differ := compared(variant.expected, snapshot(run_dir))):
+            report.wrong.append(
+                f"{variant.name}: after two at once: {status} {differ if not status else variant.output.read_text()}"
+            )
+        shutil.rmtree(run_dir, ignore_errors=True)
+    report.races += 1
 
 
 def variants(room: Path) -> list[Variant]:
@@ -397,7 +524,7 @@ def variants(room: Path) -> list[Variant]:
     workers = Variant("workers", settings | {"data": settings["data"] | {"workers": 1}}, room).same_as(plain)
     asked_once = {"store": {"views": 2}, "more_teachers": [str(teacher)], "stages": settings["stages"][1:]}
     stored = Variant("stored", settings | asked_once, room).prepare().beyond(plain)
-    return [plain, stored, workers, scratch]
+    return [plain, stored, workers, scratch, Evaluate(teacher, room).prepare()]
 
 
 def soak(faults: int, seed: int, room: Path, *, per_life: int = 5) -> Report:
@@ -413,13 +540,28 @@ def soak(faults: int, seed: int, room: Path, *, per_life: int = 5) -> Report:
             kinds = kinds or random.sample(KINDS, len(KINDS))
             chosen.append(variant.fault(random, kinds.pop()))
         live(variant, chosen, variant.room / f"life-{report.lives}", report, random)
+    shared = Variant("shared", yaml.safe_load(known[1].recipe.read_text()), room)
+    place = shared.room / "teacher-store"
+    settings = yaml.safe_load(known[1].recipe.read_text())
+    settings["store"]["path"] = str(place)
+    shared.recipe.write_text(yaml.safe_dump(settings))
+    shared.call(shared.room / "undisturbed", Fault("none"))
+    shared.expected = snapshot(shared.room / "undisturbed")
+    for number in range(max(2, faults // 30)):
+        one, other = (shared.room / f"race-{number}-{letter}" for letter in "ab")
+        if number % 2:
+            shutil.rmtree(place)
+            race(shared, (one, other), report)
+        else:
+            race(known[0], (one, one), report)
     report.seconds = time.monotonic() - began
     return report
 
 
 def summary(report: Report) -> str:
-    lines = [f"{len(report.struck)} faults in {report.lives} lives, {report.missed} missed, {report.seconds:.0f} s"]
-    for column in ("variant", "kind", "phase", "place"):
+    lines = [f"{len(report.struck)} faults in {report.lives} lives, {report.missed} missed, {report.races} races, "]
+    lines[0] += f"{report.seconds:.0f} s"
+    for column in ("variant", "kind", "command", "phase", "place"):
         counts = Counter(entry[column] or "by time" for entry in report.struck)
         lines.append(f"{column:8s} " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
     return "\n".join([*lines, *report.wrong, f"{len(report.wrong)} wrong"])
@@ -434,8 +576,11 @@ def main() -> None:
     fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # what is tested is not whether a disk can wait
     with tempfile.TemporaryDirectory(dir=fast) as room:
         report = soak(options.faults, options.seed, Path(room))
-    print(json.dumps(vars(report)) if options.json else summary(report))
-    sys.exit(bool(report.wrong))
+    if options.json:
+        print(json.dumps(vars(report)))
+        sys.exit(bool(report.wrong))
+    print(summary(report), flush=True)
+    sys.exit(bool(report.wrong) or bool(damage.main()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -406,3 +408,39 @@ def test_a_stop_that_torch_turns_into_an_error_of_its_own_is_still_a_stop(comman
         cli.main()
     said = capsys.readouterr().err
     assert end.value.code == status and said.startswith("tinyclip: stopped") and said.count("\n") == 1
+
+
+def start_and_stop(command, number, after_s):
+    """Signal a process so long after it first listens; its status and what it said."""
+    arguments = [sys.executable, "-m", "tinyclip", *command]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & 1 << (signal.SIGTERM - 1):
+        time.sleep(0.001)
+    time.sleep(after_s)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see when a process listens")
+def test_a_stop_while_torch_is_imported_is_one_line(tmp_path):
+    """At once, and later in the imports of a command and in what it does first."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TEACHER_RECIPE))
+    train = ["train", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run")]
+    cases = [(train, signal.SIGTERM, 0, 0.0), (train, signal.SIGINT, 130, 0.1), (train, signal.SIGTERM, 0, 0.3)]
+    cases += [(train, signal.SIGTERM, 0, 0.6), (["inspect", "tinyclip:no"], signal.SIGTERM, 143, 0.02)]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        ends = list(pool.map(lambda case: start_and_stop(case[0], case[1], case[3]), cases))
+    for (command, _, expected, _), (status, said) in zip(cases, ends, strict=True):
+        assert status == expected, said
+        assert said.startswith("tinyclip: stopped") and said.count("\n") == 1
+        assert ("continue with: python -m tinyclip train" in said) == (command is train)
+
+
+def test_torch_is_imported_only_when_something_is_asked_for():
+    code = "import sys, tinyclip; assert 'torch' not in sys.modules; tinyclip.CLIP; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(tinyclip, name) for name in tinyclip.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'clip'"):
+        tinyclip.clip  # noqa: B018

@@ -1,25 +1,31 @@
 """The story: stages leave loadable models within their budget, and a run that was cut off ends with the same bits."""
 
 import copy
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import tinyclip
 from tinyclip.compress import compress
-from tinyclip.data.sources import open_source
+from tinyclip.data.files import _open_zip
+from tinyclip.data.sources import evidence, open_source
 from tinyclip.data.spec import DataSpec
 from tinyclip.distill.checkpoints import Checkpoints
 from tinyclip.distill.objective import Objective
 from tinyclip.distill.train import DataConfig, TrainConfig
 from tinyclip.evaluate.scores import Evaluation
+from tinyclip.formats.files import read_sealed, write_record
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import claim, exclusive, results
 from tinyclip.shrink.inherit import Inherit
@@ -259,17 +265,92 @@ def test_a_run_goes_on_elsewhere_but_not_with_other_data_or_another_teacher(teac
         compress(recipe.model_copy(update=changes), run, say=lambda _: None)
 
     call(device="cpu", data=DATA.model_copy(update={"workers": 1, "max_bad_share": 0.5}))
-    inputs = json.loads((run / "inputs.json").read_text())
+    inputs = read_sealed(run / "inputs.json")
     for name, other in (("images", 3), ("teachers", ["0" * 64])):
-        (run / "inputs.json").write_text(json.dumps(inputs | {name: other}))
+        write_record(run / "inputs.json", json.dumps(inputs | {name: other}))
         with pytest.raises(ValueError, match=f"run began with other data or another teacher; changed: {name}"):
             call()
 
 
+def test_data_that_changed_between_calls_is_told_in_one_line_and_louder_where_its_content_did(tmp_path):
+    rows = ["file\tcaption"]
+    for index in range(16):
+        open_source(DATA.train).image(index).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png\tpicture {index}")
+    table, run = tmp_path / "list.tsv", tmp_path / "run"
+    table.write_text("\n".join(rows) + "\n")
+    data = DataConfig(train=DataSpec.parse(str(table)))
+    recipe = teacher_recipe().model_copy(update={"data": data})
+
+    def said() -> list[str]:
+        lines = []
+        compress(recipe, run, say=lines.append)
+        return [line for line in lines if line.startswith(f"{run}: ")]
+
+    assert said() == said() == []
+    os.utime(tmp_path / "3.png", (1, 1))
+    assert said() == [
+        f"{run}: files of the data were written or copied since the run began; their sizes have not changed"
+    ]
+    table.write_text(table.read_text().replace("picture 3", "another 3"))
+    (line,) = said()
+    assert "THE DATA HAS CHANGED since the run began (sizes, checksums or captions differ)" in line
+    table.write_text(table.read_text().replace("another 3", "picture 3"))
+    open_source(DATA.train).image(20).save(tmp_path / "3.png")
+    (line,) = said()
+    assert "THE DATA HAS CHANGED" in line
+    inputs = read_sealed(run / "inputs.json")
+    del inputs["data"]
+    write_record(run / "inputs.json", json.dumps(inputs))
+    assert said() == []  # of a run of before it was noted
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "filtered"])
+def test_every_kind_of_set_tells_when_its_content_changed(tmp_path, kind):
+    pictures = {"a.png": _png(10), "a.txt": b"a", "b.png": _png(200), "b.txt": b"b"}
+    (tmp_path / "list.tsv").write_text("file\tcaption\na.png\ta\nb.png\tb\n")
+
+    def seen(members: dict[str, bytes]):
+        _open_zip.cache_clear()  # another call is another process
+        if kind == "zip":
+            with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+                for name, content in members.items():
+                    archive.writestr(name, content)
+            return evidence(open_source(f"{tmp_path}/list.tsv?images=set.zip"))
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        return evidence(open_source(f"{tmp_path}/set.tar{'?min_side=2' if kind == 'filtered' else ''}"))
+
+    before = seen(pictures)
+    assert seen(pictures).since(before).startswith("files of the data were written or copied")
+    assert "THE DATA HAS CHANGED" in seen(pictures | {"b.png": _png(30, side=40)}).since(before)
+
+
+def _png(shade: int, side: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_start_whose_weights_changed_is_refused(teacher, tmp_path):
+    """Its shape is noted, and the sha256 of its weights, where it is not random."""
+    start = tmp_path / "start"
+    tinyclip.save(model := tinyclip.load(teacher), start)
+    stage = Stage(name="rule", shrink=Inherit(keep_params=0.5), distill=phase(2))
+    recipe = Recipe(teacher=str(teacher), start=str(start), data=DATA, stages=(stage,))
+    compress(recipe, tmp_path / "run", say=lambda _: None)
+    model.text.position.data += 1
+    tinyclip.save(model, start)
+    with pytest.raises(ValueError, match=r"start\.json: the run began with another model; changed: weights: .* use"):
+        compress(recipe, tmp_path / "run", say=lambda _: None)
+
+
 def test_two_calls_do_not_work_on_one_run(teacher, tmp_path):
     recipe = student_recipe(teacher)
-    with pytest.raises(ValueError, match="run: another process is working on this run"):
-        claim(tmp_path / "run", recipe.model_dump(mode="json"))
-        with exclusive(tmp_path / "run"):
+    with exclusive(tmp_path / "run"):
+        with pytest.raises(ValueError, match="run: another process is working on this run"):
             compress(recipe, tmp_path / "run", say=lambda _: None)
-    assert not (tmp_path / "run" / "start.json").exists()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]  # the first one's

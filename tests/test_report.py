@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from tests.test_cli import tiny  # noqa: F401  a fixture
 from tests.test_compress import student_recipe, teacher_recipe
 from tinyclip.compress import compress
+from tinyclip.formats.files import read_sealed, write_record
 from tinyclip.model import BlockConfig, TextConfig
 from tinyclip.model_resnet import BottleneckConfig, ResNetConfig
 from tinyclip.report import charts, losses, report
@@ -145,7 +146,7 @@ def test_several_runs_stand_in_one_table(runs):
 def test_what_a_run_file_says_is_escaped(copy):
     attack = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     for name in ("teacher.json", "1-manual-35/stage.json"):
-        record = json.loads((copy / name).read_text())
+        record = read_sealed(copy / name)
         record["scores"][attack] = 0.5
         (copy / name).write_text(json.dumps({**record, "name": attack}))
     (copy / "benchmark.json").write_text(
@@ -300,9 +301,9 @@ def test_values_of_the_wrong_kind_are_left_out(copy):
 
 
 def test_a_keep_that_fits_another_model_is_a_note(copy):
-    keep = json.loads((copy / "0-auto-70/keep.json").read_text())
+    keep = read_sealed(copy / "0-auto-70/keep.json")
     keep["image"]["heads"][0] = [77]
-    (copy / "0-auto-70/keep.json").write_text(json.dumps(keep))
+    write_record(copy / "0-auto-70/keep.json", json.dumps(keep))
     assert "keep.json of the image tower does not fit the model before it" in written(copy)
 
 

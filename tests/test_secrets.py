@@ -19,7 +19,7 @@ import yaml
 import tinyclip
 from tests.data.test_sources import COLOURS, png, write_tar
 from tests.formats.test_export import UNIFORM, toy
-from tinyclip import cli
+from tinyclip import cli, stopping
 from tinyclip.distill.metrics import _open_tracker
 from tinyclip.evaluate.benchmark import Report, Row
 from tinyclip.evaluate.benchmark import to_json as benchmark_json
@@ -90,7 +90,7 @@ def outputs(server, tmp_path_factory):
         recipe = ("compress", inputs / "recipe.yaml", "--teacher", teacher, *typed, "--run", run)
         tiny(*recipe)
         patch.setattr(sys, "argv", ["tinyclip", *map(str, recipe)])
-        tiny.printed.write(cli._to_continue())
+        tiny.printed.write(stopping._to_continue())
         tiny("evaluate", run, "--retrieval", command, "--out", run / "evaluation.json")
         tiny("compare", teacher, run, "--retrieval", command, "--out", run / "compare.json", "--no-timing")
         tiny("report", run, "--out", place / "local.html")
@@ -176,7 +176,7 @@ def test_a_recipe_without_a_secret_is_for_all_whom_the_system_lets(tmp_path, mon
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "run/recipe.yaml").stat().st_mode) == 0o644
     monkeypatch.setattr(sys, "argv", ["tinyclip", "compress", "recipe.yaml", "--run", str(tmp_path / "run")])
-    assert cli._to_continue() == f"tinyclip compress recipe.yaml --run {tmp_path}/run"
+    assert stopping._to_continue() == f"tinyclip compress recipe.yaml --run {tmp_path}/run"
 
 
 def test_a_benchmark_and_a_tracker_are_told_no_secret(monkeypatch, tmp_path):

@@ -1,5 +1,14 @@
-"""`python -m tinyclip` is the `tinyclip` command."""
+"""`python -m tinyclip`, and the `tinyclip` command. It answers a stop from the start: before torch is imported."""
 
-from tinyclip.cli import main
+from tinyclip.stopping import answered
 
-main()
+
+def main() -> None:
+    with answered():
+        from tinyclip import cli
+
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,25 +8,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
-from tinyclip.redact import has_secrets, redacted
+from tinyclip.redact import redacted
+from tinyclip.stopping import Interrupted, Stopped, answered, end
 from tinyclip.terminal import Table, console, line, say, show
 
 if TYPE_CHECKING:
     from tinyclip.distributed import World
     from tinyclip.model import CLIP
     from tinyclip.recipe import Recipe
-    from tinyclip.stopping import Interrupted
 
 EXPORTS = ("huggingface", "open_clip", "tinyclip", "onnx", "onnx-int8")  # the keys of formats.export.TARGETS
 
@@ -648,55 +646,14 @@ def _recipe_name(recipe: str, changes: list[str] | None) -> str:
     return " --set ".join([Path(recipe).name, *map(public, changes or ())])
 
 
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM while nothing trains. No Exception, which a library could take for an error of its own."""
-
-    def __init__(self, signal_number: int):
-        super().__init__("stopped")
-        self.signal_number = signal_number
-
-
 def main() -> None:
-    """Entry point of the `tinyclip` command."""
-    stops: list[Stopped] = []
-
-    def stop(signal_number: int, _frame: Any) -> None:
-        stops.append(Stopped(signal_number))
-        raise stops[-1]
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    """What the `tinyclip` command does; it comes here from __main__.py."""
+    with answered() as stops:
         _main_command(stops)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(stop: Stopped | Interrupted) -> NoReturn:
-    """One line, and the exit status: a run that can be continued has done nothing wrong when it ends by SIGTERM."""
-    is_run = bool({"compress", "embed", "train", "demo"} & set(sys.argv[1:3]))
-    if os.environ.get("RANK", "0") == "0":
-        say(f"tinyclip: {stop}{'; continue with: ' + _to_continue() if is_run else ''}")
-    sys.exit(0 if is_run and stop.signal_number == signal.SIGTERM else 128 + stop.signal_number)
-
-
-def _to_continue() -> str:
-    """The command of this process; where that holds a secret, one that finds it in the run's recipe."""
-    from tinyclip.run import command
-
-    given = sys.argv[1:]
-    runs = [given[place + 1] for place, name in enumerate(given[:-1]) if name in ("--run", "--run-dir")]
-    runs += [argument.partition("=")[2] for argument in given if argument.startswith(("--run=", "--run-dir="))]
-    recipes = [recipe for run in runs if (recipe := Path(run) / "recipe.yaml").is_file() and not has_secrets(run)]
-    if not has_secrets(shlex.join(given)) or not recipes:
-        return command()
-    verb = next(argument for argument in given if not argument.startswith("-"))
-    return command([verb, str(recipes[-1]), "--run", str(recipes[-1].parent), "--allow-remote"])
 
 
 def _main_command(stops: Sequence[Stopped]) -> None:
     from tinyclip.distributed import MainFailed
-    from tinyclip.stopping import Interrupted
 
     debug = "--debug" in sys.argv
     warnings.simplefilter("default" if debug else "ignore")  # of dependencies: none fails a run, whatever -W says
@@ -705,12 +662,12 @@ def _main_command(stops: Sequence[Stopped]) -> None:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it was typed
         sys.exit(app(args=arguments, standalone_mode=False) or 0)
     except (Interrupted, Stopped) as stop:
-        _end(stop)
+        end(stop)
     except MainFailed:
         sys.exit(2)
     except Exception as error:
         if stops:  # torch, in C, can put an error of its own in the place of a Stopped that passes through it
-            _end(stops[0])
+            end(stops[0])
         said = getattr(error, "format_message", None)  # of click's errors, whose class typer keeps to itself
         if said is not None and not said():  # a command without arguments: they show its help
             cast(Any, error).show()

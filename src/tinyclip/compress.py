@@ -64,17 +64,17 @@ def compress(
     LeftOut(say).opened(source)
     setup = Setup(recipe, source, teachers, student.config.prunable_params, say, world)
     inputs = run.inputs_of(source, teachers)
-    world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
     with run.exclusive(run_dir, world):
-        world.on_main(run.claim_inputs, run_dir, inputs)
-        world.on_main(run.record_start, run_dir, student)
+        world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"), say)
+        world.on_main(run.claim_inputs, run_dir, inputs, say)
+        world.on_main(run.record_start, run_dir, student, recipe.starts_at_random, say)
         record_teacher(teachers, run_dir, setup)
         if recipe.store is not None:
             setup = setup._replace(teachers=stored(teachers, source, recipe, run_dir, say=say, world=world))
         for index, stage in enumerate(recipe.stages):
             stage_dir = run_dir / f"{index}-{stage.name}"
             student = run_stage(student, stage, stage_dir, setup, seed=recipe.seed * 1000 + 2 * index)
-        return world.on_main(run.finish, run_dir, student)
+        return world.on_main(run.finish, run_dir, student, say)
 
 
 def run_stage(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, *, seed: int) -> CLIP:
@@ -104,7 +104,7 @@ def run_stage(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, *, see
 
 def record_teacher(teachers: Sequence[Teacher], run_dir: Path, setup: Setup) -> None:
     """Score the first teacher, once: it is what students are held against."""
-    if not teachers or setup.world.on_main(run.has_teacher, run_dir):
+    if not teachers or setup.world.on_main(run.has_teacher, run_dir, setup.say):
         return
     asked = (teachers[0], setup.recipe.evaluation)
     say = setup.say
@@ -132,7 +132,7 @@ def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int
     shrunk, rule = stage_dir / "shrunk", stage.shrink
     if rule is None:
         return student
-    if setup.world.on_main((shrunk / "config.json").exists):
+    if setup.world.on_main(run.has_shrunk, stage_dir, setup.say):
         return checkpoint.load(shrunk, device=str(student.device))
     budget_params = int(rule.keep_params * setup.reference_params) if rule.keep_params else None
     if isinstance(rule, Inherit):
@@ -144,8 +144,7 @@ def shrink(student: CLIP, stage: Stage, stage_dir: Path, setup: Setup, seed: int
         keep = survivors(gates, budget_params)
         small = take(fold(student, gates.values(keep)), keep)
     setup.say(f"{stage_dir.name}: {keep.describe(student.config)}")
-    setup.world.on_main(run.write_text, stage_dir / "keep.json", keep.model_dump_json())
-    setup.world.on_main(checkpoint.save, small, shrunk)
+    setup.world.on_main(run.record_shrunk, stage_dir, keep, small)
     return checkpoint.load(shrunk, device=str(student.device))
 
 

@@ -37,8 +37,10 @@ def embed(
     teachers = [load_teacher(teacher, allow_remote=allow_remote) for teacher in recipe.teachers]
     teachers = placed(teachers, recipe, device, world)
     LeftOut(say if world.is_main else None).opened(source)
-    world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"))
+    inputs = run.inputs_of(source, teachers)
     with run.exclusive(run_dir, world):
+        world.on_main(run.claim, run_dir, recipe.model_dump(mode="json"), say)
+        world.on_main(run.claim_inputs, run_dir, inputs, say)
         return stored(teachers, source, recipe, run_dir, say=say, world=world)[0].directory
 
 

@@ -92,6 +92,11 @@ class Recipe(Config):
         return self
 
     @property
+    def starts_at_random(self) -> bool:
+        """Whether no weights are inherited by the first stage."""
+        return isinstance(self.start, Scratch | Like)
+
+    @property
     def teachers(self) -> tuple[str, ...]:
         """The teacher, whose weights are inherited, then the others of an ensemble."""
         return () if self.teacher is None else (self.teacher, *self.more_teachers)

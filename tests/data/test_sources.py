@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 import zipfile
 
@@ -473,13 +474,15 @@ def test_the_index_of_a_large_shard_is_kept_until_the_shard_changes(tmp_path, sh
     first = everything(open_source(str(shard)))
     assert everything(open_source(str(shard))) == first and scanned == [str(shard)]
     [kept] = (tmp_path / "cache/index").iterdir()
-    kept.write_text("{")
-    assert everything(open_source(str(shard))) == first and len(scanned) == 2
+    another_digit = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), kept.read_text(), count=1)
+    for times, damaged in enumerate(("{", another_digit), 2):
+        kept.write_text(damaged)
+        assert everything(open_source(str(shard))) == first and len(scanned) == times
     source = open_source(str(shard))
     write_tar(shard, {"blue.png": png("blue"), "blue.txt": b"sky"})
     with pytest.raises(ValueError, match="has changed since it was indexed"):
         source.image(0)
-    assert everything(open_source(str(shard))) == [(COLOURS["blue"], ("sky",), None)] and len(scanned) == 3
+    assert everything(open_source(str(shard))) == [(COLOURS["blue"], ("sky",), None)] and len(scanned) == 4
 
 
 @pytest.mark.parametrize("text", [b"{", b"3", b"[" * 100_000, b"\xff"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.data.test_sources import write_tar
 from tests.distill.test_train import tiny_clip
@@ -250,12 +250,99 @@ def test_a_set_whose_items_have_the_same_names_is_another_set(teacher, tmp_path)
     assert store_module.hash_of(odd) != store_module.hash_of(odd[:-1])
 
 
-def test_a_damaged_part_is_named(teacher, tmp_path):
-    build(teacher, tmp_path / "store")
+def flipped(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda part: part.write_bytes(part.read_bytes()[:50]),
+        lambda part: part.write_bytes(b""),
+        lambda part: flipped(part, -100),
+        lambda part: flipped(part, 40),
+        lambda part: rewritten(part, image=lambda image: image * torch.nan),
+        lambda part: rewritten(part, text=torch.zeros_like),
+        lambda part: rewritten(part, image=lambda image: image[..., :5].clone()),
+        lambda part: rewritten(part, text=lambda text: text.double()),
+        lambda part: rewritten(part, first=lambda first: first.flip(0)),
+        lambda part: rewritten(part, caption=None),
+        lambda part: rewritten(part, **dict.fromkeys(["key", "caption", "image", "text"], lambda rows: rows[:0])),
+    ],
+    ids=[
+        "cut",
+        "empty",
+        "a bit",
+        "a bit of the header",
+        "NaN",
+        "zeros",
+        "width",
+        "dtype",
+        "counts",
+        "without",
+        "nothing",
+    ],
+)
+def test_a_damaged_part_is_told_and_the_teacher_asked_again(teacher, tmp_path, damage):
+    """Whether its sha256 tells, or, where it has none as parts once had, its tensors."""
+    expected, said = content(build(teacher, tmp_path / "store").directory), []
     part = tmp_path / "store" / "000001.safetensors"
-    part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"000001\.safetensors: not a part of a teacher store, or damaged"):
+    damage(part)
+    build(teacher, tmp_path / "store", say=said.append)
+    assert content(tmp_path / "store") == expected
+    assert said[0].startswith(f"{part}: ") and said[0].endswith("; the teacher is asked again")
+    assert len(said) == 2 and "\n" not in said[0] and said[1].startswith("teacher store: 37 images")
+
+
+def rewritten(part, **changes):
+    """By save_file, without a sha256."""
+    tensors = {
+        name: changes.get(name, lambda same: same)(rows)
+        for name, rows in load_file(part).items()
+        if changes.get(name, 1)
+    }
+    save_file(tensors, part)
+
+
+def test_a_part_without_a_sha256_is_used_and_store_json_tells_when_it_is_damaged(teacher, tmp_path):
+    build(teacher, tmp_path / "store", source=open_source("scenes?count=10"))
+    rewritten(part := tmp_path / "store" / "000000.safetensors")
+    before = part.read_bytes()
+    build(teacher, tmp_path / "store")
+    assert part.read_bytes() == before
+    flipped(tmp_path / "store" / "store.json", 20)
+    with pytest.raises(ValueError, match=rf"store\.json: .*; delete {tmp_path}/store to ask the teacher again$"):
         build(teacher, tmp_path / "store")
+
+
+def test_a_teacher_without_an_answer_is_named_and_nothing_of_it_stored(teacher, tmp_path, monkeypatch):
+    embed = type(teacher).embed_images
+    monkeypatch.setattr(type(teacher), "embed_images", lambda *args: embed(*args) * torch.nan)
+    with pytest.raises(
+        ValueError, match=r"model: expected unit vectors, got none for 3 of 12 .* the first is train-000000"
+    ):
+        build(teacher, tmp_path / "store")
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"store.json", ".lock"}
+
+
+def test_two_that_begin_one_store_do_so_one_after_the_other(teacher, tmp_path):
+    """The second waits before it claims, and finds the first one's claim: of another teacher's crops it is told."""
+    store, said = tmp_path / "store", []
+    store.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(store / ".lock"):
+            second = pool.submit(build, teacher, store, say=said.append, views=3)
+            while not said:
+                assert not second.done(), second.result()
+                time.sleep(0.01)
+            (store / "store.json").write_bytes(
+                (build(teacher, tmp_path / "first").directory / "store.json").read_bytes()
+            )
+        with pytest.raises(ValueError, match=r"store holds other embeddings; changed: views: 2 -> 3"):
+            second.result()
+    assert said == [f"{store}: waiting for another process that adds to this store"]
 
 
 def test_a_store_of_images_that_are_decoded_otherwise_is_refused(teacher, tmp_path):

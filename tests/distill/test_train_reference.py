@@ -23,6 +23,7 @@ from tinyclip.distill.objective import Objective
 from tinyclip.distill.teacher import _from_clip
 from tinyclip.distill.train import DataConfig, Masking, TrainConfig, train
 from tinyclip.formats import checkpoint
+from tinyclip.formats.files import read_record
 from tinyclip.model import CLIP, Gates, TowerGates, initialise
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.shrink.keep import Keep
@@ -401,7 +402,7 @@ def test_every_phase_of_a_run_is_the_loop_with_a_seed_of_its_own(tmp_path, monke
             how |= {"rule": recipe.stages[len(phases) // 2].shrink, "reference_params": PARAMS}
         else:
             pruned, gates = masked.pop()
-            gates = gates.values(Keep.model_validate_json((directory.parent / "keep.json").read_text()))
+            gates = gates.values(read_record(Keep, directory.parent / "keep.json"))
             wrong.append(max(map(gap, before(*INPUTS), pruned(*INPUTS, gates))))
         outcome = train(student, source, data, config, directory, teachers=teachers, seed=seed, masking=masking, **rest)
         if masking is not None:

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock
 
+from tinyclip.formats.files import read_sealed, sealed
+
 STALE_S = 3600  # a part that was not written to for so long belongs to a process that is gone
 WAIT_S = 60  # for other files to be complete
 ATTEMPTS = 5
@@ -160,16 +162,14 @@ def remembered(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A JSON object of the index directory. Where that cannot be written, it is made anew every time."""
     path = _index_file(name)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        return read_sealed(path)
     except (OSError, ValueError):  # not there, or damaged
         pass
     made = make()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(made), encoding="utf-8")
+        temporary.write_text(sealed(json.dumps(made)), encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ without reading what lies before, so they are refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,10 @@ class HubRows:
     def version(self) -> str:
         """Changes with the content."""
         return digest(self._images._fingerprint, self._texts._fingerprint, len(self))
+
+    def traces(self) -> Iterator[tuple[object, object]]:
+        """Its fingerprint, which changes with the content, and with how and where it was made."""
+        yield len(self), (self._images._fingerprint, self._texts._fingerprint)
 
 
 def _datasets(where: str) -> Any:

@@ -181,6 +181,15 @@ class EncodedRows:
         """Changes with the content."""
         return digest(*(table.version for table in self.tables), *self.rows.tolist())
 
+    def traces(self) -> Iterator[tuple[object, object]]:
+        """Of each file what changes with its content, and when it was written."""
+        for name, table in zip(self._names, self.tables, strict=True):
+            if isinstance(table.file, Remote):
+                yield (name, table.num_rows, table.file.size, table.file.version), None
+            else:
+                stat = os.stat(table.file)
+                yield (name, table.num_rows, stat.st_size), stat.st_mtime_ns
+
 
 class Arrow:
     """Record batches in a file, mapped into memory."""

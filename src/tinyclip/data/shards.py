@@ -15,7 +15,7 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -231,6 +231,13 @@ class Tars:
     def version(self) -> str:
         """Changes with the content."""
         return digest(*(shard.name for shard in self.shards), *(index.shard_bytes for index in self.indexes))
+
+    def traces(self) -> Iterator[tuple[object, object]]:
+        """Of each shard what changes with its content, and when it was written."""
+        for name, shard, index in zip(self._names, self.shards, self.indexes, strict=False):
+            is_local = isinstance(shard, Local)
+            sizes = digest(index.sizes.tobytes())  # of members: a tar's own is rounded up
+            yield (name, index.shard_bytes, sizes, is_local or shard.version), is_local and shard.modified_ns
 
 
 def _local(path: str) -> Local:

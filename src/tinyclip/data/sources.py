@@ -7,11 +7,13 @@ unpacked to disk: what is fetched is kept whole, under a name of ours (cache.py)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from PIL import Image
 
+from tinyclip.config import Config
 from tinyclip.data.decode import BadItem
 from tinyclip.data.filters import Filtered, Readable, asks_for_filters
 from tinyclip.data.hub import is_on_disk, open_hub
@@ -22,7 +24,7 @@ from tinyclip.data.shards import Shards
 from tinyclip.data.spec import HUGGINGFACE, DataSpec, is_remote
 from tinyclip.data.tables import open_folders, open_table
 
-__all__ = ["BadItem", "Source", "is_local", "jpeg_sides", "left_out", "open_source"]
+__all__ = ["BadItem", "Evidence", "Source", "evidence", "is_local", "jpeg_sides", "left_out", "open_source"]
 
 OPENERS = {
     "table": open_table,
@@ -89,3 +91,38 @@ def jpeg_sides(source: Source) -> Any:
 def left_out(source: Source) -> dict[str, int]:
     """What opening the set ignored and filtered out, by reason."""
     return getattr(source, "left_out", {})
+
+
+class Evidence(Config):
+    """What tells whether a set is still the one that it was, without reading its images."""
+
+    content: str  # sha256 of what changes with the content: sizes, checksums of archives, captions of tables
+    times: str  # sha256 of when files were last written, which changes with every copy too
+
+    def since(self, before: Evidence) -> str:
+        """What has changed, for people; empty where nothing has."""
+        if self.content != before.content:
+            return (
+                "THE DATA HAS CHANGED since the run began (sizes, checksums or captions differ): what is trained now "
+                "is not what was trained before"
+            )
+        if self.times != before.times:
+            return "files of the data were written or copied since the run began; their sizes have not changed"
+        return ""
+
+
+def evidence(source: Source) -> Evidence:
+    content, times = hashlib.sha256(), hashlib.sha256()
+    for what, when in _traces(source):
+        content.update(f"{what!r}\n".encode())
+        times.update(f"{when!r}\n".encode())
+    return Evidence(content=content.hexdigest(), times=times.hexdigest())
+
+
+def _traces(source: Source) -> Iterator[tuple[object, object]]:
+    """What tells the content of each file, and when it was written; of sets that are not files, nothing."""
+    for member in getattr(source, "members", ()):
+        yield from _traces(member)
+    files: Any = getattr(source, "source", source)  # Filtered
+    if hasattr(files, "traces"):
+        yield from files.traces()

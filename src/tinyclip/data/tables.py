@@ -66,6 +66,11 @@ class Listed:
         """Changes with the content."""
         return digest(*self.items, *self.files.version(item.key for item in self.items))
 
+    def traces(self) -> Iterator[tuple[object, object]]:
+        """Of the texts and of each file what changes with its content, and when it was written."""
+        yield from (((*item.captions, item.label), None) for item in self.items)
+        yield from self.files.traces([item.key for item in self.items])
+
 
 def open_table(spec: DataSpec) -> Listed:
     """A .tsv or .csv with a header; cells may be quoted as in CSV."""

@@ -12,13 +12,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, NamedTuple, cast
 
 import torch
 
 from tinyclip.formats.files import sync, writing
+from tinyclip.formats.weights import first_line
 from tinyclip.terminal import say
 
 DIGITS = 16  # of a sha256's 64: what rots by chance is found, what was forged would not be
@@ -65,7 +68,7 @@ class Checkpoints:
         self._unfinished.unlink(missing_ok=True)
         damaged = []
         for _, digits, path in self._found():
-            if _digits(path) != digits:
+            if not path.is_file() or _digits(path) != digits:
                 damaged.append(path)
                 continue
             for newer in damaged:
@@ -78,7 +81,7 @@ class Checkpoints:
     def remove(self) -> None:
         """All of them, and what is left of an unfinished one."""
         for path in (self._unfinished, *(found.path for found in self._found())):
-            path.unlink(missing_ok=True)
+            _away(path)
 
     def _found(self) -> list[Found]:
         """The newest first."""
@@ -91,12 +94,55 @@ class Checkpoints:
         before = [found for found in others if found.step < step]
         for found in others:
             if found not in before[: self.keep - 1]:
-                found.path.unlink()
+                _away(found.path)
+
+
+def _away(path: Path) -> None:
+    if path.is_dir():  # what damage can make of a file
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """The content of a checkpoint, its tensors on `device`. Nothing is unpickled."""
-    return torch.load(path, map_location=device, weights_only=True)
+    """The content of a checkpoint, its tensors on `device`. Nothing is unpickled.
+
+    Raises ValueError for a file that is none, whatever its checksum.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except UnpicklingError:
+        raise ValueError(f"{path}: expected tensors and numbers only; the file holds code, and is not read") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, IndexError, AttributeError, MemoryError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a checkpoint, got {type(content).__name__}")
+    return content
+
+
+def check_like(content: Any, expected: Any, where: str) -> None:
+    """Raises ValueError unless `content` has the structure of `expected`: types, keys, shapes of tensors and dtypes."""
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(content, torch.Tensor):
+            raise ValueError(f"{where}: expected a tensor, got {type(content).__name__}")
+        got, asked = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (content, expected))
+        if got != asked:
+            raise ValueError(f"{where}: expected {asked}, got {got}")
+    elif isinstance(expected, dict):
+        if not isinstance(content, dict):
+            raise ValueError(f"{where}: expected a mapping, got {type(content).__name__}")
+        for what, names in (("lacks", expected.keys() - content), ("has an unknown", content.keys() - expected)):
+            if names:
+                raise ValueError(f"{where}: {what} {min(map(str, names)):.80}")
+        for key, value in expected.items():
+            check_like(content[key], value, f"{where}: {key}")
+    elif isinstance(expected, list | tuple):
+        if not isinstance(content, list | tuple) or len(content) != len(expected):
+            raise ValueError(f"{where}: expected {len(expected)} entries, got others")
+        for number, (own, value) in enumerate(zip(content, expected, strict=True)):
+            check_like(own, value, f"{where}: {number}")
+    elif type(content) is not type(expected):
+        raise ValueError(f"{where}: expected {type(expected).__name__}, got {type(content).__name__}")
 
 
 class _Hashed:

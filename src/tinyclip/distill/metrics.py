@@ -2,51 +2,69 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from tinyclip.formats.files import write_text, writing
+from tinyclip.formats.files import sync, write_text, writing
 from tinyclip.progress import Display
 from tinyclip.redact import redacted
 
 Tracker = Literal["tensorboard", "wandb"]
+LOGS = ("metrics.jsonl", "skipped.jsonl")
 SHOWN = ("affinity_kl", "contrastive", "feature", "sparsity", "target_sparsity")  # beside the progress
 
 
 class JsonLines:
-    """Appends {"step": ..., ...} to `path`. Lines of `start_step` and later, left by a killed run, are dropped."""
+    """Appends {"step": ..., ...} to `path`. Lines of `start_step` and later, left by a killed run, are dropped.
 
-    def __init__(self, path: Path, *, start_step: int):
+    Raises ValueError where the lines before it have not the `sha256` that they had when that step was reached. A file
+    that is gone begins again.
+    """
+
+    def __init__(self, path: Path, *, start_step: int, sha256: str | None = None):
+        self._path, self._sha256 = path, hashlib.sha256()
         if path.exists():
-            write_text(path, "".join(_lines_before(path, start_step)))
-        self._path = path
+            kept = "".join(_lines_before(path, start_step))
+            self._sha256.update(kept.encode())
+            if sha256 is not None and self._sha256.hexdigest() != sha256:
+                raise ValueError(
+                    f"{path}: damaged, its lines before step {start_step} are not those that were written; nothing but "
+                    "the report reads them: delete it to go on without"
+                )
+            write_text(path, kept)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps(redacted(values)) + "\n"
         with writing(self._path):
-            self._file.write(json.dumps(redacted(values)) + "\n")
+            self._file.write(line)
             self._file.flush()
+        self._sha256.update(line.encode())
 
-    def sync(self) -> None:
+    def sync(self) -> str:
+        """Wait until all is on the disk; returns the sha256 of all lines."""
         with writing(self._path):
             os.fsync(self._file.fileno())
+            sync(self._path.parent)
+        return self._sha256.hexdigest()
 
     def close(self) -> None:
         self._file.close()
 
 
 def _lines_before(path: Path, step: int) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] < step:
                 yield line + "\n"
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # the torn last line of a killed run
 
 
@@ -62,8 +80,9 @@ class Muted:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Tell what a step saw."""
 
-    def sync(self) -> None:
-        """What was told is to last as long as the checkpoint that comes next."""
+    def sync(self) -> dict[str, str]:
+        """What was told is to last as long as the checkpoint that comes next, which holds these checksums of it."""
+        return {}
 
     def close(self) -> None:
         """No more follows."""
@@ -73,10 +92,25 @@ class Metrics(Muted):
     """A line per logged step in `directory`/metrics.jsonl, one per skipped pair in skipped.jsonl, the trackers, and a
     progress display on stderr."""
 
-    def __init__(self, directory: Path, *, start_step: int, total_steps: int, trackers: tuple[Tracker, ...] = ()):
-        self._trackers = [_open_tracker(tracker, directory, start_step) for tracker in trackers]
-        self._lines = JsonLines(directory / "metrics.jsonl", start_step=start_step)
-        self._skipped = JsonLines(directory / "skipped.jsonl", start_step=start_step)
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        trackers: tuple[Tracker, ...] = (),
+        sha256s: Mapping[str, str] | None = None,
+    ):
+        """`sha256s` are what `sync` returned at `start_step`."""
+        self._files: dict[str, JsonLines] = {}
+        with ExitStack() as opened:
+            for name in LOGS:
+                noted = (sha256s or {}).get(name)
+                self._files[name] = JsonLines(directory / name, start_step=start_step, sha256=noted)
+                opened.callback(self._files[name].close)
+            self._trackers = [_open_tracker(tracker, directory, start_step) for tracker in trackers]
+            opened.pop_all()
+        self._lines, self._skipped = self._files.values()
         self._pairs, self._started = 0, time.perf_counter()
         self._display = Display(f"{directory.parent.name}/{directory.name}", start_step, total_steps)
 
@@ -99,9 +133,8 @@ class Metrics(Muted):
             tracker(step, line)
         self._display.note("  ".join(f"{name} {values[name]:.3f}" for name in SHOWN if name in values))
 
-    def sync(self) -> None:
-        self._lines.sync()
-        self._skipped.sync()
+    def sync(self) -> dict[str, str]:
+        return {name: lines.sync() for name, lines in self._files.items()}
 
     def close(self) -> None:
         self._lines.close()

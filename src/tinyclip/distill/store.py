@@ -8,7 +8,7 @@ view's number (`tinyclip.data.loader`), so the student is shown later what the t
 
 A part is replaced whole, when it is done and now and then before, so building goes on where it was cut off, and where
 data has grown; processes take turns with parts and need not talk. Hashes of keys and captions are stored too, and
-compared when looked up.
+compared when looked up. A part holds the sha256 of its tensors: one that is damaged is told of, and embedded again.
 
 Shape legend: n items of a part, v views, m captions of a part, T teacher embedding.
 """
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,7 +48,7 @@ from tinyclip.data.sources import BadItem, Source, jpeg_sides
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distributed import ALONE, World
 from tinyclip.formats import weights
-from tinyclip.formats.files import sync, write_text, writing
+from tinyclip.formats.files import make_directory, read_record, sync, write_record, writing
 from tinyclip.model import unit
 from tinyclip.progress import Display
 from tinyclip.redact import redacted
@@ -77,8 +76,9 @@ class StoreConfig(Config):
 class Stored:
     """A teacher's embeddings instead of the teacher. `views` is the number of crops of each image."""
 
-    def __init__(self, directory: Path, teacher: Teacher, views: int):
-        self.directory, self.views = directory, views
+    def __init__(self, directory: Path, teacher: Teacher, config: StoreConfig):
+        self.directory, self.views = directory, config.views
+        self._layout = _Layout(config.views, teacher.embed_dim, DTYPES[config.dtype])
         self.name, self.embed_dim, self.scale = teacher.name, teacher.embed_dim, teacher.scale
         self._parts: dict[int, _Part] = {}
 
@@ -100,7 +100,7 @@ class Stored:
 
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
-            self._parts[number] = _Part(self.directory / _name(number))
+            self._parts[number] = _Part(self.directory / _name(number), self._layout)
         return self._parts[number]
 
 
@@ -109,18 +109,52 @@ def in_all(stores: Sequence[Stored], index: int) -> bool:
     return all(store.has(index) for store in stores)
 
 
+class _Layout(NamedTuple):
+    """What every part of a store is like."""
+
+    views: int
+    embed_dim: int
+    dtype: torch.dtype
+
+
 class _Part:
     """One file: `key` [n], `first` [n + 1] (where an item's captions begin), `caption` [m], `image` [n, v, T], `text`
     [m, T]. Keys and captions are hashes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, layout: _Layout):
+        """Raises ValueError for anything else."""
         self.path = path
         try:
+            with safe_open(path, "pt") as file:
+                self._noted = file.metadata() or {}
             self.tensors: Mapping[str, Tensor] = load_file(path)  # maps the file; rows are read when they are used
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path}: not a part of a teacher store, or damaged ({error}); delete it to build it anew"
-            ) from None
+        except (OSError, SafetensorError, ValueError, RuntimeError, MemoryError) as error:
+            raise ValueError(f"{path}: not a part of a teacher store, or damaged ({error})") from None
+        self._check_layout(layout)
+
+    def _check_layout(self, layout: _Layout) -> None:
+        n, m = (len(self.tensors[name]) if _is_list(self.tensors.get(name)) else 0 for name in ("key", "caption"))
+        floats = {"image": (n, layout.views, layout.embed_dim), "text": (m, layout.embed_dim)}
+        expected = {name: (layout.dtype, shape) for name, shape in floats.items()}
+        expected |= {"key": (torch.int64, (n,)), "first": (torch.int64, (n + 1,)), "caption": (torch.int64, (m,))}
+        got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        if changed := changes({k: str(v) for k, v in expected.items()}, {k: str(v) for k, v in got.items()}):
+            raise ValueError(f"{self.path}: not a part of this teacher store, or damaged ({changed})")
+        first = self.tensors["first"]
+        if not 0 < n <= ITEMS or first[0] != 0 or first[-1] != m or (first.diff() < 0).any():
+            raise ValueError(f"{self.path}: damaged, {n} items and {m} captions do not belong together")
+
+    def check(self) -> None:
+        """Raises ValueError where it is not as it was written; of a part without a sha256, where it cannot be."""
+        if not self._noted.keys() <= {"format", "sha256"}:
+            raise ValueError(f"{self.path}: damaged, expected the sha256 of its tensors, got other notes")
+        if "sha256" in self._noted:
+            if self._noted["sha256"] != _sha256(self.tensors):
+                raise ValueError(f"{self.path}: damaged, its tensors have not the sha256 that it notes")
+            return
+        could_be_read = self.tensors["key"] != UNREADABLE
+        if not (_are_unit(self.tensors["image"][could_be_read]).all() and _are_unit(self.tensors["text"]).all()):
+            raise ValueError(f"{self.path}: damaged, it holds embeddings that are no unit vectors")
 
     def find(self, key: str, caption: str, visit: Visit) -> tuple[Tensor, Tensor]:
         """The embeddings [T] of one crop and one caption."""
@@ -148,6 +182,25 @@ class _Part:
 
 
 UNREADABLE = 0  # as an item's key
+NORM_TOLERANCE = 0.05  # of unit vectors of any dtype
+
+
+def _is_list(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.ndim == 1
+
+
+def _are_unit(rows: Tensor) -> Tensor:
+    """Of each row whether it is finite and of length one."""
+    return (rows.float().norm(dim=-1) - 1).abs() <= NORM_TOLERANCE
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Over names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def hash_of(text: str) -> int:
@@ -174,16 +227,19 @@ def store_teacher(
 ) -> Stored:
     """Embed what `directory` does not hold yet; what is there is used.
 
-    Items that cannot be read are counted. Raises ValueError where more than `max_bad_share` of the items are such, and
-    where the directory holds another teacher's embeddings, other crops or other data; Interrupted after Ctrl-C or
-    SIGTERM, once what was embedded is written.
+    Items that cannot be read are counted; parts that are damaged are told of, and embedded again. Raises ValueError
+    where more than `max_bad_share` of the items cannot be read, where the teacher gives no unit vector, and where the
+    directory holds another teacher's embeddings, other crops or other data; Interrupted after Ctrl-C or SIGTERM, once
+    what was embedded is written.
     """
-    asked = _Asked(teacher, source, config, crop_scale, max_bad_share)
-    world.on_main(_claim, directory, asked.holds())
+    asked = _Asked(teacher, source, config, crop_scale, max_bad_share, say)
+    is_new = world.on_main(_is_new, directory)
+    with _alone(directory, world, say) if is_new else nullcontext():  # of two runs that begin it, one after the other
+        world.on_main(_claim, directory, asked.holds())
     if world.on_main(asked.missing, directory):
         with _alone(directory, world, say):
             _complete(asked, directory, workers, world, say)
-    return Stored(directory, teacher, config.views)
+    return Stored(directory, teacher, config)
 
 
 def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: Callable[[str], None]) -> None:
@@ -200,7 +256,7 @@ def _complete(asked: _Asked, directory: Path, workers: int, world: World, say: C
             shown.callback(display.close)
         for part in mine:
             path = directory / _name(part)
-            embedded, written_at, unwritten = asked.begun(path), time.perf_counter(), 0
+            embedded, written_at, unwritten = asked.begun(part, path, missing[part]), time.perf_counter(), 0
             for few in asked.embed(part, missing[part], workers):
                 embedded.append(few)
                 unwritten += len(few.keys)
@@ -257,25 +313,51 @@ def _alone(directory: Path, world: World, say: Callable[[str], None]) -> Iterato
         lock.release()
 
 
-def _claim(directory: Path, holds: dict[str, Any]) -> None:
-    path = directory / "store.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged, expected what a teacher store holds ({error})") from None
-        if changed := changes(before | {"teacher": ""}, holds | {"teacher": ""}):  # names of one teacher may differ
-            raise ValueError(f"{directory} holds other embeddings; changed: {changed}; use another store.path")
-        return
+class _Holds(Config):
+    """What tells one store from another: store.json."""
+
+    format: int
+    teacher: str
+    weights: str
+    preprocess: str
+    tokenizer: str
+    captions_are_cut: bool
+    crop_scale: tuple[float, float]
+    jpeg_side: Any = None
+    views: int
+    dtype: str
+    precision: str
+    items_per_part: int
+
+
+def _is_new(directory: Path) -> bool:
+    """Whether it holds no store yet; then it is a directory. Raises ValueError for parts of nobody knows what."""
+    if (directory / "store.json").exists():
+        return False
     if directory.exists() and any(directory.glob("*.safetensors")):
         raise ValueError(f"{directory}: expected a new directory or a teacher store, found parts without store.json")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(holds, indent=2))
+    make_directory(directory)
+    return True
+
+
+def _claim(directory: Path, holds: _Holds) -> None:
+    path = directory / "store.json"
+    if not path.exists():
+        write_record(path, holds.model_dump_json(indent=2))
+        return
+    try:
+        before = read_record(_Holds, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {directory} to ask the teacher again") from None
+    then, now = (each.model_dump(mode="json", exclude={"teacher"}) for each in (before, holds))  # its name may differ
+    if changed := changes(then, now):
+        raise ValueError(f"{directory} holds other embeddings; changed: {changed}; use another store.path")
 
 
 class _Items(NamedTuple):
     """What is embedded of a few items: those that can be read."""
 
+    start: int  # the first item's number
     keys: list[int]
     num_captions: list[int]
     pixels: Tensor | None  # uint8 [readable items * v, 3, S, S]
@@ -301,8 +383,11 @@ class _Asked:
         config: StoreConfig,
         crop_scale: tuple[float, float],
         max_bad_share: float,
+        say: Callable[[str], None],
     ):
         self.teacher, self.source, self.config, self.max_bad_share = teacher, source, config, max_bad_share
+        self.say, self.layout = say, _Layout(config.views, teacher.embed_dim, DTYPES[config.dtype])
+        self._seen: dict[Path, tuple[tuple[int, int, int], _Part | None]] = {}  # parts, as they were when checked
         self.num_done = 0  # items embedded by this process
         self.num_bad = 0  # of all items, as far as this process knows
         self.skipped: Skipped = []  # by this process
@@ -310,46 +395,62 @@ class _Asked:
         self.num_parts = math.ceil(len(source) / ITEMS)
         self.seconds_a_view = 0.0  # of the teacher alone, for one crop and one caption of each item so far
 
-    def holds(self) -> dict[str, Any]:
-        """What tells this store from another one."""
+    def holds(self) -> _Holds:
         tokenizer = self.teacher.tokenizer
         texts = ["a photo of a cat", "Zwölf Boxkämpfer jagen Viktor.", "10 $ & ...", "long " * 100]
         ids = tokenizer(texts)
-        return {
-            "format": 1,
-            "teacher": redacted(self.teacher.name),
-            "weights": self.teacher.weights_sha256,
-            "preprocess": repr(self.teacher.preprocess),
-            "tokenizer": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-            "captions_are_cut": isinstance(tokenizer, Tokenizer),
-            "crop_scale": list(self.loader.crop_scale),
-            "jpeg_side": jpeg_sides(self.source),
-            "views": self.config.views,
-            "dtype": self.config.dtype,
-            "precision": self.config.precision,
-            "items_per_part": ITEMS,
-        }
+        return _Holds(
+            format=1,
+            teacher=redacted(self.teacher.name),
+            weights=self.teacher.weights_sha256,
+            preprocess=repr(self.teacher.preprocess),
+            tokenizer=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+            captions_are_cut=isinstance(tokenizer, Tokenizer),
+            crop_scale=self.loader.crop_scale,
+            jpeg_side=jpeg_sides(self.source),
+            views=self.config.views,
+            dtype=self.config.dtype,
+            precision=self.config.precision,
+            items_per_part=ITEMS,
+        )
 
     def items(self, part: int) -> range:
         return range(part * ITEMS, min((part + 1) * ITEMS, len(self.source)))
 
     def missing(self, directory: Path) -> dict[int, int]:
         """How many items each part lacks that is not whole. Raises ValueError where one is of other data."""
-        lacks = {part: len(self.items(part)) - self._num_stored(directory, part) for part in range(self.num_parts)}
+        stored = {part: self._stored(directory, part) for part in range(self.num_parts)}
+        lacks = {part: len(self.items(part)) - len(found or ()) for part, found in stored.items()}
         return {part: num_items for part, num_items in lacks.items() if num_items > 0}
 
-    def _num_stored(self, directory: Path, part: int) -> int:
+    def _stored(self, directory: Path, part: int) -> _Part | None:
+        """A part that is there and whole; a damaged one is told of. Each is checked once, as long as it stays."""
         path = directory / _name(part)
         if not path.exists():
-            return 0
-        stored, items = _Part(path), self.items(part)
+            return None
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a part of a teacher store, got no file")
+        stat = path.stat()
+        version = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        if path not in self._seen or self._seen[path][0] != version:
+            self._seen[path] = version, self._checked(path, part)
+        return self._seen[path][1]
+
+    def _checked(self, path: Path, part: int) -> _Part | None:
+        try:
+            stored = _Part(path, self.layout)
+            stored.check()
+        except ValueError as error:
+            self.say(f"{error}; the teacher is asked again")
+            return None
+        items = self.items(part)
         for row in {0, min(len(stored), len(items)) - 1}:
             key = self.source.key(items[row])
             if stored.key(row) not in (hash_of(key), UNREADABLE):
                 raise ValueError(f"{path}: built with other data: item {items[row]} was not {key}; use another store")
         if part == 0 and stored.key(0) != UNREADABLE and self._captions_differ(stored):
             raise ValueError(f"{path}: built with other data: item 0 had other captions; use another store")
-        return len(stored)
+        return stored
 
     def _captions_differ(self, first: _Part) -> bool:
         """Of the first item; those of others would have to be read."""
@@ -361,17 +462,17 @@ class _Asked:
 
     def num_unreadable(self, directory: Path) -> int:
         """Items of the parts that are there."""
-        paths = [path for part in range(self.num_parts) if (path := directory / _name(part)).exists()]
-        return sum(int((_Part(path).tensors["key"] == UNREADABLE).sum()) for path in paths)
+        stored = [found for part in range(self.num_parts) if (found := self._stored(directory, part)) is not None]
+        return sum(int((found.tensors["key"] == UNREADABLE).sum()) for found in stored)
 
     def count_bad(self, num_bad: int) -> None:
         """Raises ValueError where too many of all items cannot be read."""
         self.num_bad += num_bad
         check_share_of_bad(self.source.name, self.num_bad, len(self.source), 0, self.max_bad_share, self.skipped)
 
-    def begun(self, path: Path) -> list[_Embedded]:
-        """What there is of a part."""
-        return [_Part(path).embedded()] if path.exists() else []
+    def begun(self, part: int, path: Path, num_missing: int) -> list[_Embedded]:
+        """What there is of a part that lacks so many items."""
+        return [_Part(path, self.layout).embedded()] if num_missing < len(self.items(part)) else []
 
     def embed(self, part: int, num_items: int, workers: int) -> Iterator[_Embedded]:
         """The part's last `num_items`, a few at a time. Raises as `count_bad` does."""
@@ -383,6 +484,7 @@ class _Asked:
             images = self._images(read)
             seen = time.perf_counter()
             texts = self._texts(read.captions)
+            self._require_unit(read, images, texts)
             self.seconds_a_view += (seen - started) / self.config.views
             self.seconds_a_view += (time.perf_counter() - seen) * len(read.keys) / max(1, len(captions))
             self.num_done += len(read.keys)
@@ -404,10 +506,22 @@ class _Asked:
         }
         unfinished = path.with_suffix(".tmp")
         with writing(path):
-            weights.write(tensors, unfinished)  # for whoever shares the store
+            weights.write(tensors, unfinished, {"sha256": _sha256(tensors)})  # for whoever shares the store
             sync(unfinished)
             unfinished.replace(path)
         sync(path.parent)
+
+    def _require_unit(self, read: _Items, images: Tensor, texts: Tensor) -> None:
+        """Raises ValueError where the teacher has no answer, as one whose products overflow."""
+        is_readable = torch.tensor(read.keys) != UNREADABLE
+        is_bad = is_readable & ~_are_unit(images).all(dim=-1)
+        names = [self.source.key(read.start + row) for row in is_bad.nonzero().flatten().tolist()]
+        names += [repr(read.captions[row]) for row in (~_are_unit(texts)).nonzero().flatten().tolist()]
+        if names:
+            raise ValueError(
+                f"{self.teacher.name}: expected unit vectors, got none for {len(names)} of {len(images) + len(texts)} "
+                f"images and captions, the first is {names[0]}; is it the teacher, or its precision?"
+            )
 
     def _images(self, read: _Items) -> Tensor:
         """[items, v, T]; zeros for those that cannot be read."""
@@ -449,4 +563,4 @@ def _read(loader: PairLoader, views: int, start: int) -> _Items:
         num_captions.append(len(texts))
         pixels += crops
         captions += texts
-    return _Items(keys, num_captions, torch.stack(pixels) if pixels else None, captions, skipped)
+    return _Items(start, keys, num_captions, torch.stack(pixels) if pixels else None, captions, skipped)

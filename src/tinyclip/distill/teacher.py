@@ -66,13 +66,8 @@ class Teacher:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Over names, shapes and values. Of a split teacher all processes must ask at once."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            values = whole(tensor).detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Of a split teacher all processes must ask at once."""
+        return weights_sha256(self.model)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the weights, in place."""
@@ -143,6 +138,16 @@ class Teacher:
             tokens_BL = F.pad(tokens_BL, (0, self.tokenizer.context_length - tokens_BL.shape[1]))
         text_BT = self.model.encode_text(tokens_BL)
         return unit(text_BT) if normalize else text_BT
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Over names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = whole(tensor).detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _in_blocks(encode: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:

@@ -34,12 +34,13 @@ from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader, Skipped, che
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
 from tinyclip.device import to_device
-from tinyclip.distill.checkpoints import Checkpoints, read
-from tinyclip.distill.metrics import Metrics, Muted, Tracker
+from tinyclip.distill.checkpoints import Checkpoints, check_like, read
+from tinyclip.distill.metrics import LOGS, Metrics, Muted, Tracker
 from tinyclip.distill.objective import Objective, Target, projection, total_loss
 from tinyclip.distill.store import Stored, in_all
 from tinyclip.distill.teacher import Teacher
 from tinyclip.distributed import ALONE, World, data_parallel, unsynchronised
+from tinyclip.formats.files import make_directory, write_digests
 from tinyclip.model import CLIP, Gates, ImageConfig, lengths
 from tinyclip.model_resnet import frozen_statistics
 from tinyclip.redact import redacted
@@ -164,7 +165,7 @@ def train(
         raise ValueError("objective: affinity and feature need a teacher; without one set contrastive=1, affinity=0")
     if student.preprocess is None or student.tokenizer is None:
         raise ValueError("the student came without preprocessing or tokenizer, so it cannot read pairs")
-    world.on_main(directory.mkdir, parents=True, exist_ok=True)
+    world.on_main(make_directory, directory)
     if config.image_tokens < 1 and not isinstance(student.config.image, ImageConfig):
         raise ValueError(f"image_tokens {config.image_tokens:g}: expected 1, since a ResNet's images have no tokens")
     if not config.objective.needs_teacher:
@@ -199,7 +200,9 @@ def train(
     started = time.perf_counter()
     metrics: Muted = Muted()
     if world.is_main:
-        metrics = Metrics(directory, start_step=state.step, total_steps=num_steps, trackers=config.trackers)
+        metrics = Metrics(
+            directory, start_step=state.step, total_steps=num_steps, trackers=config.trackers, sha256s=state.logs
+        )
     try:
         with stop_requests() as requests:
             for batch in loader if state.step < num_steps else ():
@@ -226,7 +229,7 @@ def train(
                     metrics.write(step, _plain(values))
                 if last or stop or (step + 1) % config.checkpoint_every == 0:
                     state.share_statistics()
-                    metrics.sync()
+                    state.logs = metrics.sync()
                     world.on_main(state.save, checkpoints, settings)
                 if stop:
                     reached = f"stopped after step {step + 1} of {num_steps}, state saved in {directory}"
@@ -238,6 +241,7 @@ def train(
         state.release()
         student.set_recompute(False)
         student.set_compiled(False)
+    world.on_main(write_digests, directory, LOGS)
     if state.average is not None:
         state.average.swap()
     student.eval()
@@ -269,6 +273,7 @@ class _State:
             nn.init.orthogonal_(self.project.weight, generator=torch.Generator().manual_seed(0))
             self.project.to(student.device)
         self.step = self.pairs = self.skipped_pairs = 0
+        self.logs: dict[str, str] = {}  # file: sha256 of what was told up to here
         self.skipped_steps, self.non_finite_in_a_row = (
             torch.zeros((), dtype=torch.int64, device=student.device) for _ in range(2)
         )
@@ -346,26 +351,59 @@ class _State:
             parts["average"] = self.average
         return parts
 
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {name: part for name, part in self._parts().items() if isinstance(part, torch.optim.Optimizer)}
+
     def save(self, checkpoints: Checkpoints, settings: dict[str, Any]) -> None:
         content = {name: part.state_dict() for name, part in self._parts().items()}
+        for name in self._optimizers():
+            del content[name]["param_groups"]  # which are of the settings
         content["counts"] = {name: int(getattr(self, name)) for name in (*self._COUNTS, *self._DEVICE_COUNTS)}
         content["settings"] = json.dumps(settings)
+        content["logs"] = self.logs
         checkpoints.save(content, self.step)
 
     def resume(self, checkpoints: Checkpoints, settings: dict[str, Any]) -> None:
-        """Continue from the newest checkpoint, if there is one. Raises ValueError where it is of other settings."""
+        """Continue from the newest checkpoint, if there is one. Raises ValueError where it is of something else."""
         path = self.world.on_main(checkpoints.latest)
         if path is None:
             return
         content = read(path, self.student.device)
-        if changed := changes(redacted(json.loads(content["settings"])), json.loads(json.dumps(settings))):
-            raise ValueError(f"{path}: written with other training settings: {changed}; use another --run or delete it")
+        try:
+            self._check(content, settings, str(path))
+        except ValueError as error:
+            raise ValueError(f"{' '.join(str(error).split())}; use another --run or delete it") from None
+        for name, optimizer in self._optimizers().items():
+            content[name]["param_groups"] = optimizer.state_dict()["param_groups"]
         for name, part in self._parts().items():
             part.load_state_dict(content[name])
         for name in self._COUNTS:
             setattr(self, name, content["counts"][name])
         for name in self._DEVICE_COUNTS:
             getattr(self, name).fill_(content["counts"][name])
+        self.logs = content.get("logs", {})
+
+    def _check(self, content: dict[str, Any], settings: dict[str, Any], where: str) -> None:
+        """Raises ValueError where a checkpoint is of other settings, or not what `save` writes."""
+        told = {"logs": dict.fromkeys(LOGS, "")} if "logs" in content else {}  # not of before they were noted
+        check_like(content.get("settings"), "", f"{where}: settings")
+        if changed := changes(redacted(json.loads(content["settings"])), json.loads(json.dumps(settings))):
+            raise ValueError(f"{where}: written with other training settings: {changed}")
+        expected = {name: part.state_dict() for name, part in self._parts().items()} | told
+        expected["counts"] = dict.fromkeys((*self._COUNTS, *self._DEVICE_COUNTS), 0)
+        for name, optimizer in self._optimizers().items():
+            if isinstance(own := content.get(name), dict):
+                own.pop("param_groups", None)  # as once written
+            expected[name] = {"state": _state_like(optimizer, own)}
+        check_like(content, expected | {"settings": ""}, where)
+
+
+def _state_like(optimizer: torch.optim.Optimizer, content: Any) -> dict[int, dict[str, Tensor]]:
+    """What a checkpoint holds of an optimizer: moments of its parameters' shapes, of those that had a gradient."""
+    parameters = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    known = content.get("state") if isinstance(content, dict) else None
+    moved = {i: p for i, p in parameters if not isinstance(known, dict) or i in known}
+    return {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in moved.items()}
 
 
 class _Average:

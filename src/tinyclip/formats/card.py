@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from tinyclip import run
-from tinyclip.data.spec import DataSpec
 from tinyclip.evaluate.confidence import is_share, with_interval
 from tinyclip.evaluate.cost import describe, rows
-from tinyclip.formats.files import read_json, read_yaml
+from tinyclip.evaluate.scores import Evaluation
+from tinyclip.formats.files import read_record, validated
 from tinyclip.formats.provenance import UNKNOWN, Origin, Provenance, hub_name, public
 from tinyclip.formats.uniform import is_uniform
 from tinyclip.model import CLIP
@@ -63,10 +63,13 @@ def record_of(model: str | Path) -> Record:
     name = inside[0] if inside and inside[0] != "model" else next(reversed(results), None)
     if name not in results or inside[1:] not in ((), ("model",)):
         return Record()
-    teacher_scores = read_json(file)["scores"] if (file := run_dir / "teacher.json").is_file() else {}
-    evaluation = read_yaml(run_dir / "recipe.yaml")["evaluation"]
+    teacher_scores = read_record(run.TeacherRecord, file).scores if (file := run_dir / "teacher.json").is_file() else {}
+    recipe = run_dir / "recipe.yaml"
+    evaluation = validated(Evaluation, run.read_recipe(recipe).get("evaluation", {}), f"{recipe}: evaluation")
     data = {
-        kind: public(DataSpec.parse(evaluation[kind]).public) for kind in ("retrieval", "zeroshot") if evaluation[kind]
+        kind: public(spec.public)
+        for kind, spec in (("retrieval", evaluation.retrieval), ("zeroshot", evaluation.zeroshot))
+        if spec is not None
     }
     return Record(results[name]["scores"], teacher_scores, data)
 

@@ -5,6 +5,7 @@
     model.safetensors   the weights, under the names of model.py
     preprocess.json     how it reads pictures (where it knows; for transformers preprocessor_config.json says it)
     tokenizer.json      how it reads captions (where it knows); Hugging Face `tokenizers`
+    digests.json        the sha256 of each of these, where a run wrote them: `load` tells when one is damaged
 
 `load` also reads directories of Hugging Face and open_clip, single checkpoint files in our names or in those of OpenAI,
 open_clip or TinyCLIP's releases, and published models by their names.
@@ -21,7 +22,16 @@ import torch
 
 from tinyclip.config import changes
 from tinyclip.formats import huggingface, open_clip, weights, zoo
-from tinyclip.formats.files import M, is_there, read_json, validated, whole, write_json
+from tinyclip.formats.files import (
+    M,
+    check_digests,
+    is_there,
+    read_json,
+    validated,
+    whole,
+    write_digests,
+    write_json,
+)
 from tinyclip.formats.open_clip import config_from_open_clip, from_open_clip, has_their_names
 from tinyclip.formats.openai import from_openai, is_openai
 from tinyclip.formats.provenance import entry, read_provenance
@@ -34,8 +44,10 @@ FORMAT, VERSION = "tinyclip", 1
 PREFIXES = (zoo.PREFIX, huggingface.HUB, *open_clip.PREFIXES)
 
 
-def save(model: CLIP, directory: str | Path, *, extra: Mapping[str, Any] | None = None) -> Path:
+def save(model: CLIP, directory: str | Path, *, extra: Mapping[str, Any] | None = None, digests: bool = False) -> Path:
     """Write a model directory and return it; `extra` goes into config.json and must be plain JSON.
+
+    With `digests` it also gets a digests.json.
 
     It is written beside its place and then renamed, so that it is never half-written. A model that is there is
     replaced; raises FileExistsError where something else is.
@@ -45,6 +57,8 @@ def save(model: CLIP, directory: str | Path, *, extra: Mapping[str, Any] | None 
         raise FileExistsError(f"{directory}: expected a model to replace or nothing, found something else")
     with whole(directory) as unfinished:
         write(model, unfinished, extra or {})
+        if digests:
+            write_digests(unfinished, sorted(path.name for path in unfinished.iterdir()))
     return directory
 
 
@@ -128,6 +142,7 @@ def _load_directory(path: Path, device: str | torch.device) -> CLIP:
         model = _load_ours_for_transformers(directory, device)
     else:
         model = _load_ours(directory, device)
+    check_digests(directory)
     model.provenance = read_provenance(settings, str(directory / "config.json"))
     return model
 

@@ -12,21 +12,26 @@ in the same place.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
+
+from tinyclip.config import Config
 
 M = TypeVar("M", bound=BaseModel)
+DIGESTS = "digests.json"  # of a directory: the sha256 of each of its other files
 
 MAX_BYTES = 2**24  # of a file of settings
 MAX_YAML_BYTES, MAX_YAML_NODES = 2**20, 2**17  # aliases count as what they stand for
@@ -233,7 +238,7 @@ def _errno(error: Exception) -> int:
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Atomic: written beside its place, synced, then renamed. A private file only its owner may read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         if private:
@@ -243,11 +248,19 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
-    os.replace(unfinished, path)
     sync(path.parent)
+
+
+def make_directory(directory: Path) -> None:
+    """With its parents, synced, where it is not there."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        sync(path.parent)
 
 
 @contextmanager
@@ -255,7 +268,7 @@ def whole(directory: Path) -> Iterator[Path]:
     """A new directory beside `directory`; it takes its place, synced, when the block ends, and vanishes if it fails."""
     _clear(directory)
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
+    make_directory(unfinished)
     try:
         with writing(directory):
             yield unfinished
@@ -309,3 +322,79 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_record(path: Path, text: str) -> None:
+    """A JSON object that ends with the sha256 of all that stands before it: `read_record` tells when it is damaged.
+
+    It is written as `write_text` does, so that a record and its checksum cannot part.
+    """
+    write_text(path, sealed(text))
+
+
+def sealed(text: str) -> str:
+    """A JSON object that ends with the sha256 of the rest."""
+    body = text.removesuffix("}").rstrip()
+    return f'{body},\n  "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+SEAL = re.compile(rb'(.*),\n  "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote. A JSON object that ends without a sha256, as all once did, is taken as it is.
+
+    Raises FileNotFoundError, or ValueError for what is no JSON object and for what is not as it was written.
+    """
+    settings = read_json(path)
+    if "sha256" in settings:
+        parts = SEAL.fullmatch(path.read_bytes())
+        if parts is None or hashlib.sha256(parts[1]).hexdigest().encode() != parts[2]:
+            raise ValueError(f"{path}: damaged, it does not end with the sha256 of what it holds")
+        del settings["sha256"]
+    return settings
+
+
+def read_record(kind: type[M], path: Path) -> M:
+    """The value that `write_record` wrote. Raises as `read_sealed` does, and ValueError for another kind of record."""
+    return validated(kind, read_sealed(path), str(path))
+
+
+class Digests(Config):
+    """What a directory's files were when it was written."""
+
+    files: dict[
+        Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")],
+        Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")],
+    ]
+
+
+def write_digests(directory: Path, names: Iterable[str]) -> None:
+    """Note the sha256 of these files of a directory, in its digests.json."""
+    found = Digests(files={name: sha256_of(directory / name) for name in names})
+    write_record(directory / DIGESTS, found.model_dump_json(indent=2))
+
+
+def check_digests(directory: Path) -> None:
+    """Raises ValueError that names a file which is not as digests.json says; without that one all is taken as it is."""
+    noted = directory / DIGESTS
+    if not os.path.lexists(noted):
+        return
+    for name, sha256 in read_record(Digests, noted).files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{path}: gone, expected the file that {DIGESTS} tells of")
+        if sha256_of(path) != sha256:
+            raise ValueError(f"{path}: damaged, its sha256 is not the one in {DIGESTS}")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read once as long as the file stays as it is."""
+    stat = path.stat()
+    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, *_version: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

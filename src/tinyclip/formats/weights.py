@@ -78,13 +78,16 @@ def shape(state: Mapping[str, Tensor], name: str, num_dims: int, where: str) -> 
     return tuple(state[name].shape)
 
 
-def write(state: Mapping[str, Tensor], path: Path) -> None:
-    """A .safetensors file with the permissions of any new file; save_file's own are private."""
+def write(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A .safetensors file with the permissions of any new file; save_file's own are private.
+
+    Of two entries of `metadata` the order is not always the same, and so neither are the file's bytes.
+    """
     path.unlink(missing_ok=True)  # what another left behind has its own permissions
     path.touch()
     mode = path.stat().st_mode
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata=dict(metadata or {"format": "pt"}))
     path.chmod(mode)
 
 

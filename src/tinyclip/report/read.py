@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tinyclip.formats.files import MAX_YAML_BYTES, parse_yaml, read_json, read_text, validated
+from tinyclip.distill.metrics import LOGS
+from tinyclip.formats.files import check_digests, read_sealed, validated
 from tinyclip.model import CLIPConfig
 from tinyclip.redact import redacted
+from tinyclip.run import is_as_written, read_recipe
 from tinyclip.shrink.keep import Keep
 
 EXTRAS = ("evaluation", "compare", "benchmark")
@@ -109,14 +111,10 @@ def read_run(path: Path) -> Run:
     file = path / "recipe.yaml"
     if not file.is_file():
         raise ValueError(f"{path}: expected a run (a directory with recipe.yaml), found none")
-    try:
-        text = read_text(file, "YAML", MAX_YAML_BYTES)
-        recipe = parse_yaml(text, str(file))
-    except ValueError:
-        raise ValueError(f"{file}: damaged, expected the recipe of a run") from None
-    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    recipe = read_recipe(file)
+    stages = recipe.get("stages")
     named = isinstance(stages, list) and all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in stages)
-    if not isinstance(recipe, dict) or not named:
+    if not named:
         raise ValueError(f"{file}: damaged, expected the recipe of a run with its stages")
     shown = yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True)  # folded text could hide a secret
     return _Reader(Run(path=path, recipe=recipe, recipe_text=shown)).read()
@@ -133,6 +131,8 @@ class _Reader:
         run.calls = list(self._lines(run.path / "calls.jsonl"))
         run.teacher = self._teacher()
         run.start = self._start()
+        if not is_as_written(run.path / "recipe.yaml"):
+            self.note(run.path / "recipe.yaml", "damaged or changed since it was written")
         names = [f"{index}-{stage['name']}" for index, stage in enumerate(run.recipe["stages"])]
         run.stages = [self._stage(name, stage) for name, stage in zip(names, run.recipe["stages"], strict=True)]
         run.extras = {name: self._json(run.path / f"{name}.json") for name in EXTRAS}
@@ -149,7 +149,7 @@ class _Reader:
         if not path.is_file():
             return None
         try:
-            return read_json(path)
+            return read_sealed(path)
         except ValueError:
             self.note(path, "damaged, left out")
             return None
@@ -157,6 +157,8 @@ class _Reader:
     def _lines(self, path: Path) -> Iterator[dict[str, Any]]:
         if not path.is_file():
             return
+        if path.name in LOGS and not self._is_as_written(path):
+            self.note(path, "not as it was written: what it shows may be wrong")
         bad = []
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
@@ -169,6 +171,15 @@ class _Reader:
                 bad.append(number)
         if bad:
             self.note(path, f"{_count(len(bad), 'damaged line')} left out, the first is line {bad[0]}")
+
+    def _is_as_written(self, path: Path) -> bool:
+        try:
+            check_digests(path.parent)
+            return True
+        except ValueError as error:
+            return not str(error).startswith(f"{path}: ")
+        except OSError:
+            return True
 
     def _teacher(self) -> Model | None:
         path = self.run.path / "teacher.json"
@@ -190,7 +201,7 @@ class _Reader:
         if not path.is_file():
             return None
         try:
-            settings = read_json(path)
+            settings = read_sealed(path)
             return validated(CLIPConfig, settings.get("model", settings), str(path))
         except ValueError:
             if path.is_relative_to(self.run.path):
