@@ -384,6 +384,22 @@ def test_train_does_not_take_a_recipe_with_a_teacher(tiny, recipe, tmp_path):
     assert_one_line(tiny("train", recipe, "--run", tmp_path / "new"), "names a teacher; use `tinyclip compress`")
 
 
+def test_a_warning_of_a_dependency_fails_no_command(tmp_path):
+    """Not even under -W error: torch warns here while it is imported."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, warnings\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            warnings.warn('deprecated', FutureWarning)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "error", "-m", "tinyclip", "inspect", "no/where"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tinyclip", "--debug", "inspect", "no/where"])
     with pytest.raises(FileNotFoundError, match="no/where: expected a model directory"):

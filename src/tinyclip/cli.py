@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
@@ -656,7 +655,6 @@ def _main_command(stops: Sequence[Stopped]) -> None:
     from tinyclip.distributed import MainFailed
 
     debug = "--debug" in sys.argv
-    warnings.simplefilter("default" if debug else "ignore")  # of dependencies: none fails a run, whatever -W says
     rank = os.environ.get("RANK", "0")  # among the processes that torchrun started
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it was typed
