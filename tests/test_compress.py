@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,26 @@ def test_a_finished_run_is_left_as_it_is(finished, teacher):
     before, lines = weights(run), []
     compress(student_recipe(teacher), run, say=lines.append)
     assert weights(run) == before and lines == ["0-auto-70: complete", "1-manual-35: complete"]
+
+
+def test_a_model_of_another_run_is_noticed(finished, tmp_path):
+    """Whole, with checksums of its own: the run's is written again, a stage's is refused."""
+    run, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    recipe, lines = yaml.safe_load((run / "recipe.yaml").read_text()), []
+    recipe = Recipe.model_validate(recipe)
+    for place in ("model", "1-manual-35/model"):
+        shutil.rmtree(tmp_path / "run" / place)
+        shutil.copytree(run / "0-auto-70/model", tmp_path / "run" / place)
+        if place == "model":
+            compress(recipe, tmp_path / "run", say=lines.append)
+            assert lines[-1] == f"{tmp_path / 'run/model'}: another model than the last stage's; written again"
+            assert weights(tmp_path / "run") == weights(run)
+    with pytest.raises(ValueError, match=r"1-manual-35/model: another model .*; delete .*1-manual-35 to make"):
+        compress(recipe, tmp_path / "run", say=lines.append)
+    shutil.rmtree(tmp_path / "run/0-auto-70/model")
+    with pytest.raises(ValueError, match="0-auto-70/model: gone; delete"):
+        compress(recipe, tmp_path / "run", say=lines.append)
 
 
 def test_a_run_from_before_embeddings_were_cut_is_the_same_run(tmp_path):

@@ -124,6 +124,11 @@ def test_a_number_has_bounds(command, flag, value, said):
     assert f"{flag}: expected a whole number of at least " in line and line.endswith(f", got {value!r}\n")
 
 
+@pytest.mark.parametrize("command, flag", [pair for pair in NUMBERS if pair[1] == "--workers"])
+def test_more_workers_than_any_machine_bears_are_refused(command, flag, said):
+    assert "--workers: expected at most 1024, got '1000000000'" in said(command, flag, "1000000000")
+
+
 @pytest.mark.parametrize("command, flag", [pair for pair in NUMBERS if pair[1] != "--workers"])
 def test_nothing_can_be_done_zero_times(command, flag, said):
     assert f"{flag}: expected a whole number of at least 1, got '0'" in said(command, flag, "0")

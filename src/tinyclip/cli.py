@@ -38,6 +38,14 @@ app = typer.Typer(
 # What an option must be is checked while the command line is parsed, before a model is loaded or anything is written.
 
 
+def _workers(value: str) -> int:
+    from tinyclip.config import MAX_WORKERS
+
+    if (number := _at_least(0)(value)) > MAX_WORKERS:
+        raise typer.BadParameter(f"expected at most {MAX_WORKERS}, got {value!r}")
+    return number
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
         try:
@@ -147,7 +155,7 @@ DataRootOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="The folder that the suite's data sets lie in."),
 ]
-WorkersOption = Annotated[int, typer.Option(parser=_at_least(0), help="Processes that read images.")]
+WorkersOption = Annotated[int, typer.Option(parser=_workers, help="Processes that read images.")]
 BatchSizeOption = Annotated[int, typer.Option(parser=_at_least(1), help="Images that are embedded together.")]
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda:1, ...")]
 AllowRemoteOption = Annotated[

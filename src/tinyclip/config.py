@@ -16,6 +16,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+MAX_WORKERS = 1024  # processes that read data: each is a copy of the interpreter
 NUM_NAMED = 5  # changed settings that an error names
 
 

@@ -47,11 +47,13 @@ from tinyclip.distributed import ALONE, World
 from tinyclip.evaluate import cost
 from tinyclip.formats import checkpoint
 from tinyclip.formats.files import (
+    DIGESTS,
     check_digests,
     make_directory,
     read_record,
     read_sealed,
     read_yaml,
+    sha256_of,
     validated,
     write_record,
     write_text,
@@ -291,6 +293,7 @@ class StageRecord(Config):
     scores: dict[str, int | float]
     cost: dict[str, int]
     training: Training = Training()
+    model: str | None = None  # sha256 of its digests.json; of none before it was noted
 
 
 def is_complete(stage_dir: Path) -> bool:
@@ -298,14 +301,23 @@ def is_complete(stage_dir: Path) -> bool:
     if not (stage_dir / "stage.json").exists():
         return False
     with _advice(f"delete {stage_dir} to make this stage again"):
-        read_record(StageRecord, stage_dir / "stage.json")
+        noted = read_record(StageRecord, stage_dir / "stage.json").model
         check_digests(stage_dir / "model")
+        if not (stage_dir / "model").is_dir():
+            raise ValueError(f"{stage_dir / 'model'}: gone")
+        if noted is not None and _model_sha256(stage_dir / "model") not in (None, noted):
+            raise ValueError(f"{stage_dir / 'model'}: another model than the one that stage.json tells of")
     for phase in PHASES:
         _check_logs(stage_dir / phase)
     if (stage_dir / "keep.json").exists():
         with _advice("nothing but the report reads it: delete it to go on without"):
             read_record(Keep, stage_dir / "keep.json")
     return True
+
+
+def _model_sha256(model: Path) -> str | None:
+    """Over all files of a model that a run wrote."""
+    return sha256_of(model / DIGESTS) if (model / DIGESTS).is_file() else None
 
 
 def _check_logs(phase_dir: Path) -> None:
@@ -354,7 +366,8 @@ def complete(stage_dir: Path, student: CLIP, outcome: Outcome, scores: dict[str,
     """Save the stage's model, then stage.json, then drop what only an unfinished stage needs."""
     result = {"scores": scores, "cost": asdict(cost(student.config)), "training": outcome._asdict()}
     checkpoint.save(student, stage_dir / "model", digests=True)
-    write_record(stage_dir / "stage.json", json.dumps(result, indent=2))
+    noted = {**result, "model": _model_sha256(stage_dir / "model")}
+    write_record(stage_dir / "stage.json", json.dumps(noted, indent=2))
     _drop_scaffolding(stage_dir)
     return result
 
@@ -366,14 +379,17 @@ def _drop_scaffolding(stage_dir: Path) -> None:
 
 
 def finish(run_dir: Path, student: CLIP, say: Say) -> Path:
-    """Write the run's model, of which the last stage has another copy; one that is damaged is told of and replaced."""
+    """Write the run's model, of which the last stage has another copy; any other is told of and replaced."""
     for written in run_dir.glob("*/stage.json"):
         _drop_scaffolding(written.parent)  # again: a process may have been killed before it did
+    last = next((stage["model"] for stage in reversed(results(run_dir))), None)
     model = run_dir / "model"
     if model.exists():
         try:
             _check_model(model)
-            return model
+            if last is None or _model_sha256(model) in (None, last):
+                return model
+            raise ValueError(f"{model}: another model than the last stage's")
         except (ValueError, FileNotFoundError) as error:
             say(f"{error}; written again")
             _away(model)

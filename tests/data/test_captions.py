@@ -99,7 +99,7 @@ def test_what_has_no_caption_is_left_out_and_counted(tmp_path, kind):
         assert left_out(open_source(spec)) == {"images without a caption": 2}
         assert len(open_source(f"{spec}?limit=2")) == 2
     empty = write_set(kind, tmp_path / "empty", {"caption": ["", ""]})
-    assert "'images without a caption': 2" in error_of(f"{empty}?min_caption_chars=1")
+    assert "left out: 2 images without a caption" in error_of(f"{empty}?min_caption_chars=1")
 
 
 @pytest.mark.parametrize("kind", READERS[2:])

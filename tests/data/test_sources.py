@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -98,6 +99,19 @@ def error_of(spec, error=ValueError):
 
 
 # Specs
+
+
+def test_a_second_image_of_a_sample_is_counted(tmp_path):
+    write_tar(tmp_path / "1.tar", {"a.png": png("red"), "a.webp": png("blue"), "a.txt": b"red"})
+    source = open_source(str(tmp_path / "1.tar"))
+    assert source.image(0).getpixel((0, 0)) == COLOURS["red"]
+    assert left_out(source) == {"images beside the one that stands for their sample": 1}
+
+
+@pytest.mark.parametrize("name", ["set.tsv", "set.tar", "set.zip", "set.parquet"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert f"{tmp_path / name}: expected a file, got a pipe or device" in error_of(str(tmp_path / name))
 
 
 def test_a_string_and_a_mapping_are_the_same_spec():

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from tinyclip.config import Config
+from tinyclip.config import MAX_WORKERS, Config
 from tinyclip.data.decode import BadItem
 from tinyclip.data.flags import flags_of
 from tinyclip.data.loader import in_order
@@ -34,7 +34,7 @@ MAX_VALUE = 40  # characters of a flag's value
 
 class Checking(Config):
     limit: int | None = Field(default=None, gt=0, description="the first so many items")
-    workers: int = Field(default=0, ge=0, description="processes that read")
+    workers: int = Field(default=0, ge=0, le=MAX_WORKERS, description="processes that read")
 
 
 class Spread(NamedTuple):

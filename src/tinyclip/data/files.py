@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +24,20 @@ def check_size(size: int, what: str = "bytes") -> None:
     """Raises BadItem for a file that is too large to be read."""
     if size > MAX_BYTES:
         raise BadItem(f"{size} {what}, the limit is {MAX_BYTES}")
+
+
+def check_is_file(path: Path | str) -> os.stat_result:
+    """Raises ValueError for a pipe or a device, which may never end, and OSError for what is not there."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or device"
+        raise ValueError(f"{path}: expected a file, got {kind}")
+    return found
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """`; left out: 3 links in a tar, ...` behind an error; nothing where there is nothing."""
+    return "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
 
 
 def without_folder(paths: Sequence[str]) -> list[str]:
@@ -77,14 +92,14 @@ class Folder:
         """What changes with the content of these files."""
         yield self.path.resolve()
         for name in names:
-            stat = (self.path / name).stat()
-            yield stat.st_size, stat.st_mtime_ns
+            found = (self.path / name).stat()
+            yield found.st_size, found.st_mtime_ns
 
     def traces(self, names: Sequence[str]) -> Iterator[tuple[object, object]]:
         """Of each file its size, and when it was written; of very many files of so many, evenly spread."""
         for name in names[:: 1 + len(names) // MAX_TRACED]:
-            stat = (self.path / name).stat()
-            yield (name, stat.st_size), stat.st_mtime_ns
+            found = (self.path / name).stat()
+            yield (name, found.st_size), found.st_mtime_ns
 
 
 def _walk(root: Path, folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> Iterator[str]:
@@ -143,8 +158,8 @@ class Zip:
 
     def version(self, names: Iterable[str]) -> Iterator[object]:
         """What changes with the content of these files."""
-        stat = self.path.stat()
-        yield from (self.path.resolve(), stat.st_size, stat.st_mtime_ns)
+        found = self.path.stat()
+        yield from (self.path.resolve(), found.st_size, found.st_mtime_ns)
 
     def traces(self, names: Sequence[str]) -> Iterator[tuple[object, object]]:
         """Of each file its checksum; of the archive, when it was written."""
@@ -160,6 +175,7 @@ def _open_zip(path: Path, process: int) -> ZipFile:
 
 def open_files(path: Path) -> Folder | Zip:
     if path.suffix.lower() == ".zip":
+        check_is_file(path)
         return Zip(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder (or .zip, table .tsv/.csv/.parquet, shard .tar)")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tinyclip.data.cache import digest, remembered
 from tinyclip.data.decode import FORMATS, BadItem
+from tinyclip.data.files import left_out_line
 from tinyclip.data.flags import flags_of
 from tinyclip.data.spec import DataSpec
 from tinyclip.data.texts import WITHOUT_CAPTION, chosen
@@ -56,7 +57,7 @@ class Filtered:
         self.kept = np.array(found["kept"], np.int64)
         self.left_out: dict[str, int] = {**getattr(source, "left_out", {}), **found["left_out"]}
         if not len(self.kept):
-            raise ValueError(f"{self.name}: no images are left: {found['left_out']}")
+            raise ValueError(f"{self.name}: no images are left{left_out_line(found['left_out'])}")
 
     def __len__(self) -> int:
         return len(self.kept)

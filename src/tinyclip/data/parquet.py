@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinyclip.data.cache import Part, digest
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import Folder, Zip, check_size, open_files
+from tinyclip.data.files import Folder, Zip, check_is_file, check_size, open_files
 from tinyclip.data.flags import flags_in, is_flag
 from tinyclip.data.patterns import paths_of
 from tinyclip.data.remote import (
@@ -236,6 +236,8 @@ def _folder(spec: DataSpec, table: Table) -> Path:
 
 def _table(path: str, transfer: Transfer) -> Table:
     file = describe(path, transfer) if is_remote(path) else Path(path)
+    if isinstance(file, Path):
+        check_is_file(file)
 
     def of(parquet: Any) -> Table:
         schema, footer = parquet.schema_arrow, parquet.metadata

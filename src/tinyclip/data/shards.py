@@ -27,7 +27,7 @@ from webdataset.tariterators import base_plus_ext
 
 from tinyclip.data.cache import digest, is_remembered, remembered
 from tinyclip.data.decode import BadItem, decode, one_line
-from tinyclip.data.files import check_size, plain_name
+from tinyclip.data.files import check_is_file, check_size, left_out_line, plain_name
 from tinyclip.data.flags import flags_in
 from tinyclip.data.patterns import paths_of
 from tinyclip.data.remote import NUM_THREADS, Remote, Transfer, ahead, check_room, describe, item_names, transfer_of
@@ -37,9 +37,10 @@ from tinyclip.progress import Display
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WITHOUT_IMAGE = f"files in a tar without an image (.{', .'.join(EXTENSIONS)}) of their name"
+OTHER_IMAGES = "images beside the one that stands for their sample"
 WINDOW_SHARDS = 8
 FEW_SHARDS = 8  # to read for their index: nothing is shown
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 FIRST_SAMPLES = 100  # whose fields are the columns of a set
 CAPTIONS = tuple(dict.fromkeys(("txt", *CAPTION_COLUMNS)))  # the .txt comes first, as in open_clip
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)")  # control characters, or leads elsewhere
@@ -241,8 +242,8 @@ class Tars:
 
 
 def _local(path: str) -> Local:
-    stat = os.stat(path)
-    return Local(path, stat.st_size, stat.st_mtime_ns)
+    found = check_is_file(path)
+    return Local(path, found.st_size, found.st_mtime_ns)
 
 
 def _is_small(shard: Local | Remote) -> bool:
@@ -267,7 +268,7 @@ class Shards(Tars):
         transfer = transfer_of(spec) if remote else None
         super().__init__(spec.name, paths, transfer, window=spec.window or WINDOW_SHARDS, limit=spec.limit)
         if not len(self):
-            raise ValueError(f"{spec.name}: no images" + (f"; left out: {self.left_out}" if self.left_out else ""))
+            raise ValueError(f"{spec.name}: no images{left_out_line(self.left_out)}")
         self._are_lines, self._sep = spec.lines is not False, spec.sep
         columns, usual = self._columns()
         self._words = Words(spec, columns, usual=usual, order=CAPTIONS)
@@ -375,6 +376,8 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
         )
     if without_image := num_files - sum(map(len, with_image.values())):
         left_out[WITHOUT_IMAGE] += without_image
+    if others := sum(sum(extension in EXTENSIONS for extension in files) - 1 for files in with_image.values()):
+        left_out[OTHER_IMAGES] += others
     extensions = sorted({extension for files in with_image.values() for extension in files})
     places = [[files.get(extension, (-1, -1)) for extension in extensions] for files in with_image.values()]
     return {

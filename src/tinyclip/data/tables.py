@@ -14,7 +14,7 @@ from PIL import Image
 
 from tinyclip.data.cache import digest
 from tinyclip.data.decode import BadItem, decode
-from tinyclip.data.files import Folder, Zip, is_hidden, open_files, plain_name
+from tinyclip.data.files import Folder, Zip, check_is_file, is_hidden, left_out_line, open_files, plain_name
 from tinyclip.data.flags import flags_in
 from tinyclip.data.spec import DataSpec
 from tinyclip.data.texts import WITHOUT_CAPTION, Words, joined
@@ -177,7 +177,7 @@ def _items(
 def require_images(num_images: int, spec: DataSpec, ignored: Mapping[str, int] | None = None) -> None:
     if not num_images:
         where = f" where {spec.where}" if spec.where else ""
-        raise ValueError(f"{spec.name}: no images{where}" + (f"; left out: {dict(ignored)}" if ignored else ""))
+        raise ValueError(f"{spec.name}: no images{where}{left_out_line(ignored or {})}")
 
 
 def require_different(columns: Sequence[str], table: str) -> None:
@@ -204,6 +204,7 @@ def _delimiter(header: str, spec: DataSpec) -> str:
 
 def _read_table(path: Path, spec: DataSpec) -> tuple[list[str], list[dict[str, str]]]:
     quotes = spec.quotes
+    check_is_file(path)
     with open(path, newline="", encoding="utf-8-sig") as file:
         line = 1
         try:

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tinyclip.config import Config, changes
+from tinyclip.config import MAX_WORKERS, Config, changes
 from tinyclip.data.loader import Batch, Inputs, PairLoader, Reader, Skipped, check_share_of_bad
 from tinyclip.data.sources import Source
 from tinyclip.data.spec import DataSpec
@@ -113,7 +113,9 @@ class DataConfig(Config):
     """The training pairs and how they are read."""
 
     train: DataSpec = Field(description="what to train on: a path or a spec, see tinyclip.data.spec")
-    workers: int = Field(default=0, ge=0, description="processes that read pictures; 0 reads in the training process")
+    workers: int = Field(
+        default=0, ge=0, le=MAX_WORKERS, description="processes that read pictures; 0 reads in the training process"
+    )
     crop_scale: tuple[float, float] = Field(default=(0.9, 1.0), description="share of the picture's area in view")
     max_bad_share: float = Field(default=0.01, ge=0, le=1, description="of corrupt pairs; more stop the run")
 

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tinyclip.config import Config
+from tinyclip.config import MAX_WORKERS, Config
 from tinyclip.data.loader import LeftOut
 from tinyclip.data.sources import BadItem, Source
 from tinyclip.data.thumbnail import thumbnail
@@ -79,7 +79,7 @@ class Comparing(Config):
     timing: bool = Field(default=True, description="measure ms per pair at batch 1")
     timing_repeats: int = Field(default=15, gt=0, description="interleaved runs; their median counts")
     batch_size: int = Field(default=64, gt=0, description="images that are embedded together")
-    workers: int = Field(default=0, ge=0, description="processes that read images")
+    workers: int = Field(default=0, ge=0, le=MAX_WORKERS, description="processes that read images")
 
 
 @dataclass(frozen=True, kw_only=True)
